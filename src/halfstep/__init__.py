@@ -1,0 +1,25 @@
+"""Mixed precision training: a policy per layer, loss scaling that is right, and instruments.
+
+This package is the core: it knows no framework. The doors are ``halfstep.torch``,
+``halfstep.keras`` and ``halfstep.jax``; each needs only its own framework.
+"""
+
+from .core.loss_scale import DynamicLossScale as DynamicLossScale
+from .core.loss_scale import FixedLossScale as FixedLossScale
+from .core.loss_scale import LossScale as LossScale
+from .core.loss_scale import LossScaleState as LossScaleState
+from .core.loss_scale import NoLossScale as NoLossScale
+from .core.policy import Policy as Policy
+from .core.policy import PolicyMap as PolicyMap
+from .core.policy import global_policy as global_policy
+from .core.policy import policy_scope as policy_scope
+from .core.policy import set_global_policy as set_global_policy
+from .errors import HalfstepError as HalfstepError
+from .errors import LossScaleError as LossScaleError
+from .errors import LossScaleExhausted as LossScaleExhausted
+from .errors import PolicyError as PolicyError
+from .errors import PolicyWarning as PolicyWarning
+from .errors import RecipeError as RecipeError
+from .errors import RecordError as RecordError
+
+__version__ = "0.1.0"

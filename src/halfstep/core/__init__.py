@@ -1,0 +1,1 @@
+"""The core: rules that know no framework. It imports numpy and ml_dtypes, nothing else."""

@@ -1,0 +1,407 @@
+"""Dtype policies: in which dtype a layer computes, and in which it keeps its variables.
+
+The idea is Keras': https://keras.io/api/mixed_precision/policy/. A policy here is a frozen value
+that also carries the loss scale its compute dtype needs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from ..errors import PolicyError, nearest
+from .loss_scale import (
+    DynamicLossScale,
+    FixedLossScale,
+    LossScale,
+    NoLossScale,
+    as_loss_scale,
+    loss_scale_from_config,
+)
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+"""What a policy may compute in and keep variables in."""
+
+MIXED = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}
+"""Names of the policies with float32 variables and what they compute in."""
+
+NAMES = (*DTYPES, *MIXED)
+"""Every policy name."""
+
+
+def _default_loss_scale(name: str) -> LossScale:
+    """float16 gradients need scaling; no other format here does."""
+    return DynamicLossScale() if name == "mixed_float16" else NoLossScale()
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Policy:
+    """The dtype a layer computes in, the dtype of its variables, and the loss scale it wants.
+
+    ============== ============= ============== ==========
+    name           compute dtype variable dtype loss scale
+    ============== ============= ============== ==========
+    mixed_float16  float16       float32        dynamic
+    mixed_bfloat16 bfloat16      float32        none
+    float16        float16       float16        none
+    bfloat16       bfloat16      bfloat16       none
+    float32        float32       float32        none
+    float64        float64       float64        none
+    ============== ============= ============== ==========
+
+    Args:
+        name: one of the names above.
+        loss_scale: ``"dynamic"``, a positive number (fixed), ``None`` (no loss scaling), or a
+            :class:`~halfstep.LossScale`. Left out, it is what the table says.
+
+    Raises:
+        PolicyError: an unknown name, with the nearest one.
+        LossScaleError: a loss scale that is none.
+
+    >>> policy = Policy("mixed_float16")
+    >>> policy.compute_dtype, policy.variable_dtype
+    ('float16', 'float32')
+    >>> policy
+    Policy('mixed_float16')
+    >>> Policy("mixed_float16", loss_scale=1024).loss_scale
+    FixedLossScale(value=1024.0, patience=8)
+    """
+
+    name: str
+    loss_scale: LossScale
+
+    def __init__(self, name: str, loss_scale: LossScale | float | str | None = "default") -> None:
+        if not isinstance(name, str):
+            raise PolicyError(
+                f"Policy({name!r}): the name must be a string, one of {', '.join(NAMES)}."
+            )
+        if name not in NAMES:
+            raise PolicyError(
+                f"Policy({name!r}): unknown policy. Allowed are {', '.join(NAMES)}."
+                + nearest(name, NAMES)
+            )
+        scale = _default_loss_scale(name) if loss_scale == "default" else as_loss_scale(loss_scale)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "loss_scale", scale)
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype the layer computes in, for instance ``'float16'``."""
+        return MIXED.get(self.name, self.name)
+
+    @property
+    def variable_dtype(self) -> str:
+        """The dtype of the layer's variables, for instance ``'float32'``."""
+        return "float32" if self.name in MIXED else self.name
+
+    @property
+    def is_low(self) -> bool:
+        """Whether the compute dtype has 16 bits."""
+        return self.compute_dtype in ("float16", "bfloat16")
+
+    def _loss_scale_argument(self) -> object | None:
+        """The shortest value of ``loss_scale=`` that gives this policy, or None for the default."""
+        scale = self.loss_scale
+        if scale == _default_loss_scale(self.name):
+            return None
+        if isinstance(scale, FixedLossScale) and scale == FixedLossScale(scale.value):
+            return int(scale.value) if scale.value.is_integer() else scale.value
+        if scale == DynamicLossScale():
+            return "dynamic"
+        return scale
+
+    def __repr__(self) -> str:
+        if isinstance(self.loss_scale, NoLossScale) and self.name == "mixed_float16":
+            return f"Policy({self.name!r}, loss_scale=None)"
+        argument = self._loss_scale_argument()
+        return f"Policy({self.name!r}{'' if argument is None else f', loss_scale={argument!r}'})"
+
+    __str__ = __repr__
+
+    def get_config(self) -> dict[str, Any]:
+        """Return a dict of plain values, fit for JSON.
+
+        >>> Policy("mixed_float16", loss_scale=1024).get_config()
+        {'name': 'mixed_float16', 'loss_scale': {'kind': 'fixed', 'value': 1024.0}}
+        """
+        config: dict[str, Any] = {"name": self.name}
+        if self.loss_scale != _default_loss_scale(self.name):
+            config["loss_scale"] = self.loss_scale.get_config()
+        return config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Policy:
+        """Return the policy that :meth:`get_config` described.
+
+        >>> Policy.from_config({"name": "mixed_bfloat16"})
+        Policy('mixed_bfloat16')
+        """
+        unknown = set(config) - {"name", "loss_scale"}
+        if unknown or "name" not in config:
+            raise PolicyError(
+                f"Policy.from_config({dict(config)!r}): it takes 'name' and, if it is not the "
+                "default, 'loss_scale'."
+            )
+        if "loss_scale" not in config:
+            return cls(config["name"])
+        scale = config["loss_scale"]
+        return cls(
+            config["name"],
+            loss_scale_from_config(scale) if isinstance(scale, Mapping) else scale,
+        )
+
+
+PolicyLike: TypeAlias = "Policy | PolicyMap | str"
+"""A policy, a policy map, or a policy's name."""
+
+
+def as_policy(value: Policy | str) -> Policy:
+    """Return the policy that a name or a policy stands for.
+
+    >>> as_policy("mixed_float16")
+    Policy('mixed_float16')
+    """
+    return value if isinstance(value, Policy) else Policy(value)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The policy of one layer, and the rule that gave it.
+
+    Attributes:
+        policy: the policy.
+        key: the key of the map that named the layer or one above it, ``None`` for the default.
+        at: the path that the key named; ``""`` for the default.
+    """
+
+    policy: Policy
+    key: str | None
+    at: str
+
+    @property
+    def why(self) -> str:
+        """The rule in a few words, for a summary."""
+        if self.key is None:
+            return "default"
+        return f"override {self.key!r}" + ("" if self.key == self.at else f" at {self.at!r}")
+
+
+class PolicyMap:
+    r"""A default policy and overrides by layer path.
+
+    A key is a layer's path or, where no layer has that path, a regular expression that must match
+    a whole path (``re.fullmatch``). What a key names covers the layer and everything below it.
+    The deepest match wins; at the same depth a path wins over an expression.
+
+    Args:
+        default: the policy of every layer that no key covers.
+        overrides: policies by key.
+
+    Raises:
+        PolicyError: an unknown policy, or a key that is no valid regular expression.
+
+    >>> policies = PolicyMap("mixed_float16", {"head": "float32", r".*\.norm": "float32"})
+    >>> found = policies.resolve(["", "blocks", "blocks.0", "blocks.0.norm", "head", "head.out"])
+    >>> [(path, rule.policy.name) for path, rule in found.items() if rule.key]
+    [('blocks.0.norm', 'float32'), ('head', 'float32'), ('head.out', 'float32')]
+    """
+
+    __slots__ = ("_default", "_overrides")
+
+    def __init__(
+        self, default: Policy | str, overrides: Mapping[str, Policy | str] | None = None
+    ) -> None:
+        self._default = as_policy(default)
+        self._overrides = {}
+        for key, policy in (overrides or {}).items():
+            if not isinstance(key, str):
+                raise PolicyError(
+                    f"PolicyMap: the key {key!r} must be a string, a layer's path or a regular "
+                    "expression."
+                )
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise PolicyError(
+                    f"PolicyMap: the key {key!r} is no regular expression: {error}."
+                ) from None
+            self._overrides[key] = as_policy(policy)
+
+    @property
+    def default(self) -> Policy:
+        """The policy of every layer that no key covers."""
+        return self._default
+
+    @property
+    def overrides(self) -> dict[str, Policy]:
+        """Policies by key (a copy)."""
+        return dict(self._overrides)
+
+    @property
+    def loss_scale(self) -> LossScale:
+        """The loss scale of the first policy that wants one: the default's, then the overrides'."""
+        for policy in (self._default, *self._overrides.values()):
+            if not isinstance(policy.loss_scale, NoLossScale):
+                return policy.loss_scale
+        return self._default.loss_scale
+
+    def resolve(self, paths: Iterable[str], separator: str = ".") -> dict[str, Resolved]:
+        """Return the policy of every path, with the rule that gave it.
+
+        Args:
+            paths: the paths of all layers of a model; ``""`` is the model itself.
+            separator: what stands between the parts of a path.
+
+        Raises:
+            PolicyError: a key that matches no path (with the nearest ones), or two expressions
+                that match the same path and disagree.
+        """
+        known = dict.fromkeys(paths)
+        named = {path: self._named(path, known) for path in known}
+        matched = {key for keys in named.values() for key in keys}
+        for key in self._overrides:
+            if key not in matched:
+                raise PolicyError(
+                    f"PolicyMap: the key {key!r} matches no layer of this model."
+                    + (nearest(key, known) or f" Its layers are {_some(known)}.")
+                )
+        return {path: self._deepest(path, named, separator) for path in known}
+
+    def _named(self, path: str, known: Mapping[str, None]) -> list[str]:
+        """The keys that name this very path: the path itself, else every expression that does."""
+        if path in self._overrides:
+            return [path]
+        keys = [key for key in self._overrides if key not in known and re.fullmatch(key, path)]
+        if len({self._overrides[key] for key in keys}) > 1:
+            rules = ", ".join(f"{key!r}: {self._overrides[key]}" for key in keys)
+            raise PolicyError(
+                f"PolicyMap: {rules} all match the layer {path!r} and disagree. "
+                f"Name it by its path, or make all but one of them not match."
+            )
+        return keys
+
+    def _deepest(self, path: str, named: Mapping[str, list[str]], separator: str) -> Resolved:
+        at = path
+        while True:
+            for key in named.get(at, ()):
+                return Resolved(self._overrides[key], key, at)
+            if not at:
+                return Resolved(self._default, None, "")
+            at = at.rpartition(separator)[0]
+
+    def get_config(self) -> dict[str, Any]:
+        """Return a dict of plain values, fit for JSON."""
+        return {
+            "default": self._default.get_config(),
+            "overrides": {key: policy.get_config() for key, policy in self._overrides.items()},
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PolicyMap:
+        """Return the map that :meth:`get_config` described.
+
+        >>> policies = PolicyMap("mixed_float16", {"head": "float32"})
+        >>> PolicyMap.from_config(policies.get_config()) == policies
+        True
+        """
+        if set(config) - {"overrides"} != {"default"}:
+            raise PolicyError(
+                f"PolicyMap.from_config({dict(config)!r}): it takes 'default' and 'overrides'."
+            )
+        return cls(
+            Policy.from_config(config["default"]),
+            {key: Policy.from_config(value) for key, value in config.get("overrides", {}).items()},
+        )
+
+    def _items(self) -> tuple[object, ...]:
+        # order matters nowhere, so it is not part of the value
+        return (self._default, frozenset(self._overrides.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PolicyMap) and self._items() == other._items()
+
+    def __hash__(self) -> int:
+        return hash(self._items())
+
+    def __reduce__(self) -> tuple[type[PolicyMap], tuple[Policy, dict[str, Policy]]]:
+        return PolicyMap, (self._default, self._overrides)
+
+    def __repr__(self) -> str:
+        def short(policy: Policy) -> str:
+            return repr(policy.name if policy == Policy(policy.name) else policy)
+
+        overrides = ", ".join(f"{key!r}: {short(p)}" for key, p in self._overrides.items())
+        return f"PolicyMap({short(self._default)}, {{{overrides}}})"
+
+
+def as_policy_map(
+    value: Policy | PolicyMap | str, overrides: Mapping[str, Policy | str] | None = None
+) -> PolicyMap:
+    """Return a policy map; ``overrides`` are added to those that ``value`` brings.
+
+    >>> as_policy_map("mixed_float16", {"head": "float32"})
+    PolicyMap('mixed_float16', {'head': 'float32'})
+    """
+    if isinstance(value, PolicyMap):
+        return PolicyMap(value.default, {**value.overrides, **(overrides or {})})
+    return PolicyMap(as_policy(value), overrides)
+
+
+def _some(paths: Iterable[str], most: int = 8) -> str:
+    shown = [repr(path) for path in paths if path]
+    more = len(shown) - most
+    return ", ".join(shown[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+# One value for the process, worker threads too; a scope shadows it in its own context only.
+_process_policy: Policy | PolicyMap = Policy("float32")
+_scope_policy: ContextVar[Policy | PolicyMap | None] = ContextVar("halfstep_policy", default=None)
+
+
+def _checked(policy: Policy | PolicyMap | str) -> Policy | PolicyMap:
+    return policy if isinstance(policy, PolicyMap) else as_policy(policy)
+
+
+def global_policy() -> Policy | PolicyMap:
+    """Return the policy that holds wherever none is given: ``float32`` until you set one."""
+    return _scope_policy.get() or _process_policy
+
+
+def set_global_policy(policy: Policy | PolicyMap | str) -> None:
+    """Set the policy that holds wherever none is given, in every thread of this process.
+
+    Args:
+        policy: a policy, a policy map, or a policy's name.
+
+    Raises:
+        PolicyError: an unknown name.
+
+    >>> set_global_policy("mixed_bfloat16")
+    >>> global_policy()
+    Policy('mixed_bfloat16')
+    >>> set_global_policy("float32")
+    """
+    global _process_policy
+    _process_policy = _checked(policy)
+
+
+@contextmanager
+def policy_scope(policy: Policy | PolicyMap | str) -> Iterator[Policy | PolicyMap]:
+    """Make ``policy`` the global one inside a ``with`` block, in this thread or task only.
+
+    >>> with policy_scope("mixed_float16"):
+    ...     print(global_policy())
+    Policy('mixed_float16')
+    >>> global_policy()
+    Policy('float32')
+    """
+    checked = _checked(policy)
+    token = _scope_policy.set(checked)
+    try:
+        yield checked
+    finally:
+        _scope_policy.reset(token)
