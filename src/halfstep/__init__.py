@@ -4,6 +4,13 @@ This package is the core: it knows no framework. The doors are ``halfstep.torch`
 ``halfstep.keras`` and ``halfstep.jax``; each needs only its own framework.
 """
 
+from .core.compatibility import Compatibility as Compatibility
+from .core.compatibility import compatibility_check as compatibility_check
+from .core.device import Device as Device
+from .core.formats import FORMATS as FORMATS
+from .core.formats import Format as Format
+from .core.formats import format_of as format_of
+from .core.hardware import devices as devices
 from .core.loss_scale import DynamicLossScale as DynamicLossScale
 from .core.loss_scale import FixedLossScale as FixedLossScale
 from .core.loss_scale import LossScale as LossScale

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from .accelerators import TENSOR_CORES
-from .device import Device
+from .device import Device, gathered
 from .hardware import devices
 from .policy import Policy, PolicyMap, as_policy_map, global_policy
 
@@ -61,6 +61,7 @@ def judge(policy: str, machine: Sequence[Device]) -> Compatibility:
         return Compatibility(
             policy, True, f"{policy} computes in {asked.compute_dtype}: nothing to check."
         )
+    machine = gathered(machine)
     usable = [device for device in machine if device.usable]
     tpus = [device for device in usable if device.kind == "tpu"]
     gpus = [device for device in usable if device.kind not in ("cpu", "tpu")]
