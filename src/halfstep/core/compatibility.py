@@ -22,8 +22,9 @@ _LOGGER = logging.getLogger("halfstep")
 
 _ELSEWHERE = (
     "If you will use compatible GPU(s) not attached to this host, e.g. by running a multi-worker "
-    "model, you can ignore this warning. This message will only be logged once"
+    "model, you can ignore this warning."
 )
+_ONCE = "This message will only be logged once"
 _CAPABILITIES = (
     "See https://developer.nvidia.com/cuda-gpus for a list of GPUs and their compute capabilities."
 )
@@ -36,12 +37,14 @@ class Compatibility:
     Attributes:
         policy: the policy's name; several, joined by ``", "``, for a map that mixes them.
         ok: whether the policy will likely run fast, or has nothing to check.
-        message: the reason, in words; what was logged.
+        message: what is logged.
+        reason: the message without what only a log needs.
     """
 
     policy: str
     ok: bool
     message: str
+    reason: str
 
 
 def judge(policy: str, machine: Sequence[Device]) -> Compatibility:
@@ -58,19 +61,18 @@ def judge(policy: str, machine: Sequence[Device]) -> Compatibility:
     """
     asked = Policy(policy)
     if not asked.is_low:
-        return Compatibility(
-            policy, True, f"{policy} computes in {asked.compute_dtype}: nothing to check."
-        )
+        nothing = f"{policy} computes in {asked.compute_dtype}: nothing to check."
+        return Compatibility(policy, True, nothing, nothing)
     machine = gathered(machine)
     usable = [device for device in machine if device.usable]
     tpus = [device for device in usable if device.kind == "tpu"]
     gpus = [device for device in usable if device.kind not in ("cpu", "tpu")]
     verdict = _tpus if tpus else _gpus if gpus else _cpu
-    ok, words = verdict(asked, tpus or gpus or machine)
-    state = "OK" if ok else "WARNING"
-    return Compatibility(
-        policy, ok, f"Mixed precision compatibility check ({policy}): {state}\n{words}"
-    )
+    ok, reason = verdict(asked, tpus or gpus or machine)
+    lines = [f"Mixed precision compatibility check ({policy}): {'OK' if ok else 'WARNING'}", reason]
+    if not ok:
+        lines.append(_ONCE if tpus else f"{_ELSEWHERE} {_ONCE}")
+    return Compatibility(policy, ok, "\n".join(lines), reason)
 
 
 def _your(kind: str, found: Sequence[Device]) -> str:
@@ -95,8 +97,7 @@ def _tpus(policy: Policy, found: Sequence[Device]) -> tuple[bool, str]:
     other = "mixed_bfloat16" if policy.name.startswith("mixed") else "bfloat16"
     return False, (
         f"The dtype policy {policy.name} may run slowly because TPUs multiply bfloat16, not "
-        f"float16. Use {other}, which needs no loss scaling either. {yours}\n"
-        "This message will only be logged once"
+        f"float16. Use {other}, which needs no loss scaling either. {yours}"
     )
 
 
@@ -128,7 +129,7 @@ def _gpus(policy: Policy, found: Sequence[Device]) -> tuple[bool, str]:
     ]
     if dtype == "bfloat16" and all("float16" in device.fast for device in found):
         lines.append("They run quickly in float16." if several else "It runs quickly in float16.")
-    return False, "\n".join([*lines, *([_CAPABILITIES] if by_capability else []), _ELSEWHERE])
+    return False, "\n".join([*lines, *([_CAPABILITIES] if by_capability else [])])
 
 
 _NEEDS = {
@@ -158,7 +159,7 @@ def _cpu(policy: Policy, machine: Sequence[Device]) -> tuple[bool, str]:
         lines.append(
             f"The driver knows {_listed(unusable)}, but no framework loaded here can use it."
         )
-    return False, "\n".join([*lines, _ELSEWHERE])
+    return False, "\n".join(lines)
 
 
 def _cpu_lacks(cpu: Device, dtype: str) -> str:
@@ -205,6 +206,7 @@ def compatibility_check(
         ", ".join(names),
         all(result.ok for result in found),
         "\n".join(result.message for result in found),
+        "\n".join(result.reason for result in found),
     )
 
 
