@@ -1,0 +1,176 @@
+"""Casting what goes in and out of a layer: nested structures of tensors, floats only."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+"""What is cast. Integers, booleans, complex numbers and float8 (which means nothing without its
+scale) pass as they are."""
+
+LOW = frozenset((torch.float16, torch.bfloat16))
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return the torch dtype of a policy's dtype name.
+
+    >>> dtype_named("bfloat16")
+    torch.bfloat16
+    """
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r} is no dtype of torch")
+    return dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """Cast a floating tensor to ``dtype``; leave every other tensor alone."""
+
+    dtype: torch.dtype
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor in ``dtype``, itself where it has it."""
+        if tensor.dtype is self.dtype or tensor.dtype not in FLOATS:
+            return tensor
+        return tensor.to(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class FiniteCast(Cast):
+    """Cast like :class:`Cast`, and keep finite constants finite.
+
+    An attention mask is often made with ``torch.finfo(torch.float32).min``, which every 16-bit
+    format turns into -inf; a row that is masked whole is then NaN. So a tensor that takes no part
+    in differentiation is held within the format's range; infinities stay what they are.
+
+    >>> mask = torch.tensor([0.0, torch.finfo(torch.float32).min])
+    >>> FiniteCast(torch.float16)(mask)
+    tensor([     0., -65504.], dtype=torch.float16)
+    """
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor in ``dtype``, finite where it was finite."""
+        if tensor.dtype is self.dtype or tensor.dtype not in FLOATS:
+            return tensor
+        limit = torch.finfo(self.dtype).max
+        if tensor.requires_grad or torch.finfo(tensor.dtype).max <= limit:
+            return tensor.to(self.dtype)
+        held = torch.where(tensor.isinf(), tensor, tensor.clamp(-limit, limit))
+        return held.to(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowCast(Cast):
+    """Cast 16-bit floats to ``dtype`` and leave the others alone: float64 stays float64."""
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor in ``dtype`` if it has 16 bits, else itself."""
+        return tensor.to(self.dtype) if tensor.dtype in LOW else tensor
+
+
+def cast_nested(value: Any, cast: Cast) -> Any:
+    """Apply ``cast`` to every tensor in tuples, lists, dicts and dataclasses, however deep.
+
+    A structure in which nothing changes is returned itself, not a copy, so that a cache that is
+    handed through a model stays the same object. Other objects are returned as they are.
+
+    >>> cast_nested({"x": torch.ones(1), "n": torch.tensor(3)}, Cast(torch.float16))
+    {'x': tensor([1.], dtype=torch.float16), 'n': tensor(3)}
+    """
+    if isinstance(value, torch.Tensor):
+        return cast(value)
+    kind = type(value)
+    rebuild = _REBUILD.get(kind)
+    if rebuild is not None:
+        return rebuild(value, cast)
+    if kind in _LEAVES:
+        return value
+    for base, rebuild in _REBUILD_SUBCLASSES:
+        if isinstance(value, base):
+            return rebuild(value, cast)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _dataclass(value, cast)
+    return value
+
+
+def cast_call(
+    args: tuple[Any, ...], kwargs: dict[str, Any], cast: Cast
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Cast the positional and the keyword arguments of a call."""
+    if args:
+        args = tuple([cast_nested(value, cast) for value in args])
+    if kwargs:
+        kwargs = {name: cast_nested(value, cast) for name, value in kwargs.items()}
+    return args, kwargs
+
+
+def _changed(old: list[Any], new: list[Any]) -> bool:
+    return any(a is not b for a, b in zip(old, new, strict=True))
+
+
+def _sequence(value: Any, cast: Cast) -> Any:
+    old = list(value)
+    new = [cast_nested(item, cast) for item in old]
+    if not _changed(old, new):
+        return value
+    if hasattr(value, "_fields"):  # a named tuple takes its items one by one
+        return type(value)(*new)
+    if isinstance(value, deque):
+        return deque(new, value.maxlen)
+    return type(value)(new)
+
+
+def _mapping(value: Any, cast: Cast) -> Any:
+    old = list(value.values())
+    new = [cast_nested(item, cast) for item in old]
+    if not _changed(old, new):
+        return value
+    # A shallow copy keeps the class, its default factory and its own attributes. Items are set
+    # one by one because a class like transformers' ModelOutput mirrors them as attributes.
+    result = copy.copy(value)
+    for key, item in zip(list(value), new, strict=True):
+        result[key] = item
+    return result
+
+
+def _dataclass(value: Any, cast: Cast) -> Any:
+    names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+    old = [getattr(value, name) for name in names]
+    new = [cast_nested(item, cast) for item in old]
+    if not _changed(old, new):
+        return value
+    result = copy.copy(value)
+    for name, item in zip(names, new, strict=True):
+        object.__setattr__(result, name, item)  # frozen ones too
+    return result
+
+
+def _packed(value: PackedSequence, cast: Cast) -> PackedSequence:
+    data = cast(value.data)
+    return value if data is value.data else value._replace(data=data)
+
+
+_LEAVES = frozenset((type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype))
+_REBUILD: dict[type, Callable[[Any, Cast], Any]] = {
+    tuple: _sequence,
+    list: _sequence,
+    dict: _mapping,
+    OrderedDict: _mapping,
+    defaultdict: _mapping,
+    deque: _sequence,
+    PackedSequence: _packed,
+}
+_REBUILD_SUBCLASSES: tuple[tuple[type, Callable[[Any, Cast], Any]], ...] = (
+    (PackedSequence, _packed),
+    (tuple, _sequence),
+    (list, _sequence),
+    (MutableMapping, _mapping),
+)

@@ -1,0 +1,259 @@
+"""The class that a module gets when a policy is applied to it.
+
+It is a subclass of the module's own class, made on the fly, with the same name: ``isinstance``
+holds, hooks fire, and ``remove_policy`` sets the old class back. It replaces ``forward`` and turns
+the names of the module's weights into properties, which give the copy in the compute dtype inside
+the module's own forward and the float32 variable everywhere else. The parameters themselves stay
+where they are, so ``state_dict``, optimizers and everything else that asks for them see float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .casting import cast_call, cast_nested
+from .copies import WeightCopies, calls, entry_of, forget_entry
+from .plan import ATTRIBUTE, LayerPlan, plan_of
+from .region import leave
+from .rules import PARAMETERS
+
+Forward = Callable[..., Any]
+
+_BASE = "_halfstep_base"
+_classes: dict[tuple[type, tuple[str, ...]], type] = {}
+
+
+def is_policied(module: nn.Module) -> bool:
+    """Whether the module's class is one of ours."""
+    return _BASE in type(module).__dict__
+
+
+def plain_class(cls: type) -> type:
+    """Return the class that a module had before a policy was applied to it."""
+    return cls.__dict__.get(_BASE, cls)
+
+
+def policied_class(base: type, reads: tuple[str, ...]) -> type:
+    """Return the subclass of ``base`` that follows a plan and has ``reads`` as properties."""
+    key = (base, reads)
+    if key not in _classes:
+        _classes[key] = _make_class(base, reads)
+    return _classes[key]
+
+
+def attach(module: nn.Module, plan: LayerPlan) -> None:
+    """Give the module its plan and the class that follows it."""
+    base = plain_class(type(module))
+    module.__dict__[ATTRIBUTE] = plan
+    module.__class__ = policied_class(base, plan.reads)
+    forget_entry(module)
+
+
+def detach(module: nn.Module) -> None:
+    """Give the module its own class back."""
+    module.__dict__.pop(ATTRIBUTE, None)
+    module.__class__ = plain_class(type(module))
+    forget_entry(module)
+
+
+def _make_class(base: type, reads: tuple[str, ...]) -> type:
+    body: dict[str, Any] = {name: _weight(base, name) for name in reads}
+    body |= {
+        _BASE: base,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__new__": _new_plain,
+        "__reduce_ex__": _reduce,
+        "forward": _forward(base),
+        "_apply": _apply(base),
+    }
+    if issubclass(base, nn.modules.lazy.LazyModuleMixin) and base.cls_to_become is not None:
+        # at its first call a lazy module becomes another class: that class under the policy
+        body["cls_to_become"] = policied_class(base.cls_to_become, reads)
+    return type(base)(base.__name__, (base,), body)
+
+
+def _new_plain(cls: type, *args: Any, **kwargs: Any) -> Any:
+    # code like Sequential.__getitem__ makes another module with type(self)(...): a plain one
+    return plain_class(cls)(*args, **kwargs)
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    base = plain_class(type(self))
+    reads = tuple(name for name, member in type(self).__dict__.items() if _is_weight(member))
+    made = base.__reduce_ex__(self, protocol)
+    # (reconstruct, arguments, state, ...): same state, but the object gets our class
+    return (_rebuild, (base, reads), *made[2:])
+
+
+def _rebuild(base: type, reads: tuple[str, ...]) -> nn.Module:
+    module: nn.Module = base.__new__(base)
+    module.__class__ = policied_class(base, reads)
+    return module
+
+
+class _Weight(property):
+    """The property that stands for a weight of a module."""
+
+
+def _is_weight(member: object) -> bool:
+    return isinstance(member, _Weight)
+
+
+def _weight(base: type, name: str) -> _Weight:
+    computed = getattr(base, name, None)
+    if isinstance(computed, property):  # a parametrized weight: made anew at each reading
+        return _parametrized_weight(computed)
+
+    def get(self: nn.Module) -> Any:
+        parameters = self._parameters
+        value = parameters[name] if name in parameters else _attribute(self, name)
+        return read(self, value)
+
+    def set_(self: nn.Module, value: Any) -> None:
+        self.__dict__[name] = value
+
+    def delete(self: nn.Module) -> None:
+        del self.__dict__[name]
+
+    return _Weight(get, set_, delete)
+
+
+def _parametrized_weight(computed: property) -> _Weight:
+    compute = computed.fget
+    if compute is None:
+        raise TypeError("a parametrized weight that cannot be read")
+
+    def get(self: nn.Module) -> Any:
+        plan = plan_of(self)
+        if plan is None or not _inside(self):
+            return compute(self)
+        with torch.autocast(self_device(self), enabled=False):
+            value = compute(self)
+        return value.to(plan.compute) if plan.casts(value) else value
+
+    return _Weight(get, computed.fset, computed.fdel)
+
+
+def self_device(module: nn.Module) -> str:
+    """Return the type of device of a module's first parameter, ``"cpu"`` if it has none."""
+    for parameter in module.parameters():
+        return parameter.device.type
+    return "cpu"
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    try:
+        return module.__dict__[name]
+    except KeyError:
+        raise AttributeError(
+            f"{type(module).__name__!r} object has no attribute {name!r}"
+        ) from None
+
+
+def read(module: nn.Module, value: Any) -> Any:
+    """Return a module's tensor: in the compute dtype inside its own forward, else as it is."""
+    plan = plan_of(module)
+    if value is None or plan is None or not _inside(module):
+        return value
+    if not plan.casts(value):
+        return value
+    copies = calls.copies
+    if copies is None or torch.compiler.is_compiling():
+        return value.to(plan.compute)
+    return copies.read(value, plan.compute)
+
+
+def _inside(module: nn.Module) -> bool:
+    """Whether this thread is in the forward of ``module``, or of the parent that acts for it."""
+    stack = calls.stack
+    if not stack:
+        return False
+    innermost = stack[-1]
+    if innermost is module:
+        return True
+    acting, own = plan_of(innermost), plan_of(module)
+    if acting is None or own is None or not (acting.covers or own.rule == PARAMETERS.name):
+        return False
+    return any(below is module for below in innermost.modules())
+
+
+def _forward(base: type) -> Forward:
+    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        plan = plan_of(self)
+        if plan is None:
+            return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        if plan.inputs is not None:
+            args, kwargs = cast_call(args, kwargs, plan.inputs)
+        run = _run_compiling if torch.compiler.is_compiling() else _run
+        result = run(base.forward, self, plan, args, kwargs)  # type: ignore[attr-defined]
+        return result if plan.result is None else cast_nested(result, plan.result)
+
+    return forward
+
+
+def _run(forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any) -> Any:
+    stack = calls.stack
+    outermost = not stack
+    if outermost:
+        entry = entry_of(self)
+        calls.copies = calls.kept if calls.kept is not None else WeightCopies(entry.groups)
+        calls.devices = entry.devices
+    saved = plan.region.enter(calls.devices) if plan.region is not None else None
+    stack.append(self)
+    try:
+        return forward(self, *args, **kwargs)
+    except RuntimeError as error:
+        _explain(error, plan)
+        raise
+    finally:
+        stack.pop()
+        leave(saved)
+        if outermost:
+            calls.copies = None
+
+
+def _run_compiling(
+    forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any
+) -> Any:
+    calls.stack.append(self)
+    try:
+        if plan.region is None:
+            return forward(self, *args, **kwargs)
+        with plan.region.context(self_device(self)):
+            return forward(self, *args, **kwargs)
+    finally:
+        calls.stack.pop()
+
+
+def _explain(error: RuntimeError, plan: LayerPlan) -> None:
+    """Add to torch's complaint about two dtypes where they met and what helps."""
+    text = str(error)
+    mixed = "dtype" in text and ("same" in text or "expected" in text.lower())
+    if not mixed or getattr(error, "__notes__", None):
+        return
+    advice = (
+        "keep what this module makes itself in its inputs' dtype, give it a policy of its own, "
+        "or use functional='autocast'"
+        if plan.functional == "compute"
+        else "cast one of them, or give this module a policy of its own"
+    )
+    error.add_note(
+        f"halfstep: two dtypes met in {plan.path or 'the model'!r}, which computes in "
+        f"{plan.policy.compute_dtype}: {advice}."
+    )
+
+
+def _apply(base: type) -> Forward:
+    def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forget_entry(self)  # .to(), .cuda(), .half(): weights move or change
+        return base._apply(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return _apply

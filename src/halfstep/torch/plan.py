@@ -1,0 +1,72 @@
+"""What ``apply_policy`` decided for one module, kept in the module itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ..core.policy import Policy
+from .casting import FLOATS, Cast
+from .region import Region
+
+ATTRIBUTE = "_halfstep_plan"
+"""The name under which a module keeps its plan, in its ``__dict__``."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one module does with dtypes, decided once.
+
+    Attributes:
+        policy: the policy it got.
+        path: where it lies in the model that the policy was applied to; ``""`` is that model.
+        why: which rule of the policy map, and which rule for its class, made the plan.
+        rule: the name of the rule for its class.
+        compute: the dtype it computes in.
+        inputs: what happens to its arguments, ``None`` for nothing.
+        reads: names of its own tensors that it reads in the compute dtype.
+        reads_where: the devices where it does so: ``"low"`` is everywhere (see ``rules.Rule``).
+        covers: whether it also reads the tensors of its children, without calling them.
+        region: how autocast shall be inside of it, ``None`` for "as it is".
+        result: what happens to what it returns, ``None`` for nothing.
+        stored: its own parameters whose dtype the policy changed, with the dtype they had.
+        functional: the argument of ``apply_policy``.
+        output_dtype: the argument of ``apply_policy``, for the model itself.
+    """
+
+    policy: Policy
+    path: str
+    why: str
+    rule: str
+    compute: torch.dtype
+    inputs: Cast | None
+    reads: tuple[str, ...]
+    reads_where: str
+    covers: bool
+    region: Region | None
+    result: Cast | None
+    stored: tuple[tuple[str, torch.dtype], ...]
+    functional: str
+    output_dtype: str | None
+
+
+    def casts(self, weight: torch.Tensor) -> bool:
+        """Whether the module reads this tensor of its own as a copy in the compute dtype.
+
+        A weight with no dimension stays float32: next to a tensor that has some, torch computes
+        in that tensor's dtype anyway, and a temperature or a logit scale keeps its digits.
+        """
+        if weight.dtype is self.compute or weight.dtype not in FLOATS:
+            return False
+        if isinstance(weight, UninitializedTensorMixin) or weight.dim() == 0:
+            return False
+        where = self.reads_where
+        return where == "low" or (weight.device.type == "cpu") == (where == "low on cpu")
+
+
+def plan_of(module: nn.Module) -> LayerPlan | None:
+    """Return the plan of a module, ``None`` where no policy was applied to it."""
+    return module.__dict__.get(ATTRIBUTE)
