@@ -1,0 +1,69 @@
+"""The saved form of a loss scale: plain values, so that ``weights_only=True`` loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...core.loss_scale import LossScale, LossScaleState, loss_scale_from_config
+from ...errors import LossScaleError
+from .history import ScaleEvent
+
+KEY = "loss_scale"
+"""Where it stands in an optimizer's state dict, beside ``state`` and ``param_groups``."""
+
+SAVED_EVENTS = 256
+"""The newest events that a checkpoint carries."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint says about a loss scale."""
+
+    rule: LossScale
+    state: LossScaleState
+    steps: int
+    history: list[ScaleEvent]
+
+
+def to_plain(saved: Saved) -> dict[str, Any]:
+    """Return ``saved`` as plain dicts, lists and numbers.
+
+    >>> from halfstep import FixedLossScale
+    >>> rule = FixedLossScale(8)
+    >>> to_plain(Saved(rule, rule.init(float), 0, []))["state"]
+    {'scale': 8.0, 'finite_steps': 0.0, 'bad_steps': 0.0, 'skipped_steps': 0.0}
+    """
+    return {
+        "config": saved.rule.get_config(),
+        "state": {name: float(value) for name, value in saved.state._asdict().items()},
+        "steps": saved.steps,
+        "history": [list(event) for event in saved.history[-SAVED_EVENTS:]],
+    }
+
+
+def from_plain(entry: Any) -> Saved:
+    """Return what `to_plain` wrote.
+
+    Raises:
+        LossScaleError: something else, with what is missing.
+    """
+    if not isinstance(entry, Mapping) or not {"config", "state", "steps"} <= set(entry):
+        raise LossScaleError(
+            f"state_dict[{KEY!r}] must hold 'config', 'state' and 'steps', got "
+            f"{sorted(entry) if isinstance(entry, Mapping) else entry!r}."
+        )
+    rule = loss_scale_from_config(entry["config"])
+    try:
+        state = LossScaleState(**{name: float(value) for name, value in entry["state"].items()})
+        steps = int(entry["steps"])
+        history = [ScaleEvent(int(a), float(b), bool(c)) for a, b, c in entry.get("history", ())]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise LossScaleError(f"state_dict[{KEY!r}] cannot be read: {error}.") from None
+    if not (0 < state.scale < float("inf") and min(state) >= 0):
+        raise LossScaleError(
+            f"state_dict[{KEY!r}]['state'] is {entry['state']!r}: the scale must be positive and "
+            "finite, and no count below 0."
+        )
+    return Saved(rule, state, steps, history)

@@ -1,0 +1,245 @@
+"""The gradients of an optimizer: find them, measure them, unscale them.
+
+Both :class:`~halfstep.torch.LossScaleOptimizer` and :class:`~halfstep.torch.GradScaler` do their
+arithmetic here. Nothing in this file reads a value on the host, except `blame`, which runs when
+training has already failed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ...errors import LossScaleError
+
+Bucket = tuple[torch.device, torch.dtype]
+
+
+def labelled(optimizer: Optimizer) -> Iterator[tuple[Tensor, str]]:
+    """Yield every parameter with the words that an error names it by."""
+    for place, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names")
+        for index, parameter in enumerate(group["params"]):
+            name = f" ({names[index]!r})" if names else ""
+            yield (
+                parameter,
+                f"param_groups[{place}]['params'][{index}]{name}, shape {tuple(parameter.shape)}",
+            )
+
+
+def label_of(optimizer: Optimizer, parameter: Tensor) -> str:
+    """Return the words that an error names ``parameter`` by."""
+    return next(label for known, label in labelled(optimizer) if known is parameter)
+
+
+def refuse_float16(optimizer: Optimizer) -> None:
+    """Raise if a parameter is float16: an update of it would round away most of what was scaled.
+
+    Raises:
+        LossScaleError: with the parameter's group, position, name and shape.
+    """
+    for parameter, label in labelled(optimizer):
+        if parameter.dtype == torch.float16:
+            raise LossScaleError(_float16_message(label))
+
+
+def _float16_message(label: str) -> str:
+    return (
+        f"{label}, is float16, and so would be its gradient after unscaling: small updates would "
+        "be lost, which is what loss scaling is there to prevent. Keep the variables in float32 "
+        'and compute in float16: apply_policy(model, "mixed_float16") instead of model.half().'
+    )
+
+
+@dataclass
+class Gradients:
+    """The gradients of an optimizer's parameters, as dense local tensors.
+
+    Attributes:
+        buckets: the gradients by device and dtype; a sparse one stands here with its values.
+        sparse: whether there is a sparse one.
+        sharded: whether there is a DTensor.
+        foreign: the first parameter whose gradient has another dtype than itself.
+    """
+
+    buckets: dict[Bucket, list[Tensor]] = field(default_factory=dict)
+    sparse: bool = False
+    sharded: bool = False
+    foreign: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.buckets)
+
+
+def gather(optimizer: Optimizer, allow_float16: bool = False) -> Gradients:
+    """Return the gradients that the optimizer's parameters have now.
+
+    Uncoalesced sparse gradients are coalesced first, in ``.grad`` too: what counts is the sum of
+    what stands at one index.
+
+    Args:
+        optimizer: whose parameters.
+        allow_float16: whether parameters may be float16, since nothing is unscaled.
+
+    Raises:
+        LossScaleError: a float16 parameter that is not allowed.
+    """
+    found = Gradients()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if parameter.dtype == torch.float16 and not allow_float16:
+                raise LossScaleError(_float16_message(label_of(optimizer, parameter)))
+            _add(found, parameter, grad)
+    return found
+
+
+def _add(found: Gradients, parameter: Tensor, grad: Tensor) -> None:
+    if grad.dtype != parameter.dtype and found.foreign is None:
+        found.foreign = parameter
+    if grad.is_sparse:
+        found.sparse = True
+        if not grad.is_coalesced():
+            grad = parameter.grad = grad.coalesce()
+        grad = grad._values()
+    elif hasattr(grad, "to_local"):
+        found.sharded = True
+        grad = grad.to_local()
+    if grad.is_complex():
+        grad = torch.view_as_real(grad)
+    if grad.numel():
+        found.buckets.setdefault((grad.device, grad.dtype), []).append(grad)
+
+
+def norm_of(grads: Gradients, order: float, home: torch.device) -> Tensor:
+    """Return the norm of all gradients together, a 0-dim tensor on ``home``.
+
+    It is not finite if and only if a gradient is not (or, for order 2, if the sum of squares
+    overflows), so that one pass over the gradients gives the norm and the check. It has float32,
+    or float64 where a gradient has that.
+
+    Args:
+        grads: what `gather` returned.
+        order: 2, or ``math.inf`` for the largest absolute value.
+        home: the device of the result.
+    """
+    norms: list[Tensor] = []
+    for bucket in grads.buckets.values():
+        wide = torch.promote_types(bucket[0].dtype, torch.float32)
+        each = torch.stack(torch._foreach_norm(bucket, order, dtype=wide))
+        norms.append(torch.linalg.vector_norm(each, order).to(home, non_blocking=True))
+    if not norms:
+        return torch.zeros((), device=home)
+    if len(norms) == 1:
+        return norms[0]
+    wide = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    together: Tensor = torch.linalg.vector_norm(torch.stack([n.to(wide) for n in norms]), order)
+    return together
+
+
+def divide_(grads: Gradients, divisor: Tensor | None) -> None:
+    """Divide all gradients by a 0-dim tensor, in place; None leaves them alone."""
+    if divisor is None:
+        return
+    for (device, _), bucket in grads.buckets.items():
+        torch._foreach_div_(bucket, divisor.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one look at the gradients says; all 0-dim tensors on one device.
+
+    Attributes:
+        found: 1.0 if a gradient is not finite, else 0.0, float32. Never another value: the fused
+            kernels skip where it *equals* 1.
+        divisor: what the gradients are to be divided by: the scale, and the clipping.
+        norm: the norm of the unscaled gradients; of order 2 where clipping asked for it.
+
+    A divisor of None leaves the gradients as they are; a norm of None was not measured.
+    """
+
+    found: Tensor
+    divisor: Tensor | None
+    norm: Tensor | None
+
+
+def judge(grads: Gradients, scale: Tensor, max_norm: float | None, home: torch.device) -> Verdict:
+    """Measure the gradients once, and say whether they are finite and what divides them.
+
+    ::
+
+        norm    = |gradients| / scale                      # one pass, float32
+        found   = not isfinite(norm)
+        clip    = min(1, max_norm / (norm + 1e-6))         # torch.nn.utils.clip_grad_norm_
+        divisor = scale / clip
+
+    Args:
+        grads: what `gather` returned.
+        scale: what they were scaled by, 0-dim float32.
+        max_norm: the largest norm of the unscaled gradients, or None for no clipping.
+        home: the device of the verdict.
+    """
+    order = math.inf if max_norm is None else 2.0
+    norm = norm_of(grads, order, home) / scale
+    found = torch.logical_not(torch.isfinite(norm)).to(torch.float32)
+    if max_norm is None:
+        return Verdict(found, scale, norm)
+    clip = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return Verdict(found, (scale / clip).to(torch.float32), norm)
+
+
+def blame(optimizer: Optimizer, most: int = 5) -> str:
+    """Return the parameters whose gradients are not finite now, in words. It reads the host."""
+    bad = []
+    for parameter, label in labelled(optimizer):
+        grad = parameter.grad
+        if grad is None:
+            continue
+        values = grad.coalesce()._values() if grad.is_sparse else grad
+        if not bool(torch.isfinite(values).all()):
+            bad.append(label)
+    if not bad:
+        return "none any more: the gradients have been cleared since"
+    more = len(bad) - most
+    return "; ".join(bad[:most]) + (f"; and {more} more" if more > 0 else "")
+
+
+def over_tensors(value: object, apply: Callable[[Tensor], Tensor]) -> object:
+    """Return ``value`` with ``apply`` done to every tensor in it.
+
+    Lists, tuples (named ones too) and dicts keep their type; other iterables become lists, since
+    a lazy one would do its work after the step, or never.
+
+    Raises:
+        LossScaleError: something in it that is neither a tensor nor an iterable of them.
+    """
+    if isinstance(value, Tensor):
+        return apply(value)
+    if isinstance(value, dict):
+        changed = {key: over_tensors(item, apply) for key, item in value.items()}
+        return changed if type(value) is dict else _like(value, changed)
+    if hasattr(value, "__iter__") and not isinstance(value, (str, bytes)):
+        items = [over_tensors(item, apply) for item in value]
+        if isinstance(value, tuple):
+            kind: Any = type(value)
+            return kind(*items) if hasattr(value, "_fields") else kind(items)
+        return type(value)(items) if isinstance(value, list) else items
+    raise LossScaleError(
+        f"Expected a tensor, or a list, tuple, dict or iterable of tensors, got {value!r}, "
+        f"a {type(value).__name__}."
+    )
+
+
+def _like(value: dict[object, object], changed: dict[object, object]) -> dict[object, object]:
+    # a copy keeps what a subclass knows besides its items: a default factory, an order
+    copied = value.copy()
+    copied.update(changed)
+    return copied

@@ -1,0 +1,108 @@
+"""What the loss scale did, read from the device without ever waiting for it.
+
+A CPU tensor is read where it lies. From any other device the state is copied into pinned memory
+behind an event, and looked at once the event has passed: a few steps later, for free.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...core.loss_scale import LossScaleState
+
+KEPT_EVENTS = 4096
+"""The newest events that a history keeps: a run that skips for ever must not fill the memory."""
+
+_SLOTS = 64
+
+
+class ScaleEvent(NamedTuple):
+    """A step that was skipped, or that changed the scale, or both.
+
+    Attributes:
+        step: which call of ``step()``, counted from 1.
+        scale: the scale after it.
+        skipped: whether the parameters stayed as they were.
+    """
+
+    step: int
+    scale: float
+    skipped: bool
+
+
+class _HostReader:
+    """Reads a CPU tensor where it lies: no copy, no dispatch, no `item()`."""
+
+    def send(self, step: int, packed: Tensor) -> None:
+        self._arrived = (step, LossScaleState(*packed.detach().numpy().tolist()))
+
+    def arrived(self, wait: bool) -> Iterator[tuple[int, LossScaleState]]:
+        yield self._arrived
+
+
+class _DeviceReader:
+    """Copies the state into pinned memory behind an event and looks when the event has passed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._make_event: Any = torch.get_device_module(device).Event
+        self._slots = torch.empty(_SLOTS, 4, pin_memory=True)
+        self._free = deque(range(_SLOTS))
+        self._sent: deque[tuple[int, int, Any]] = deque()
+
+    def send(self, step: int, packed: Tensor) -> None:
+        if not self._free:
+            return  # 64 steps behind: leave this one out rather than wait; counts are cumulative
+        slot = self._free.popleft()
+        self._slots[slot].copy_(packed, non_blocking=True)
+        event = self._make_event()
+        event.record()
+        self._sent.append((step, slot, event))
+
+    def arrived(self, wait: bool) -> Iterator[tuple[int, LossScaleState]]:
+        while self._sent and (wait or self._sent[0][2].query()):
+            step, slot, event = self._sent.popleft()
+            event.synchronize()
+            row = LossScaleState(*self._slots[slot].numpy().tolist())
+            self._free.append(slot)
+            yield step, row
+
+
+class History:
+    """The events of a run, and the newest state that has reached the host."""
+
+    def __init__(self, first: LossScaleState) -> None:
+        self.events: deque[ScaleEvent] = deque(maxlen=KEPT_EVENTS)
+        self._last = first
+        self._reader: _HostReader | _DeviceReader | None = None
+        self._device: torch.device | None = None
+
+    def record(self, step: int, packed: Tensor) -> list[LossScaleState]:
+        """Send the state after ``step`` on its way; return the states that have arrived."""
+        if self._reader is None or packed.device != self._device:
+            self._device = packed.device
+            on_host = packed.device.type == "cpu"
+            self._reader = _HostReader() if on_host else _DeviceReader(packed.device)
+        self._reader.send(step, packed)
+        return self._receive(wait=False)
+
+    def drain(self) -> None:
+        """Wait for every state that is on its way."""
+        if isinstance(self._reader, _DeviceReader):
+            self._receive(wait=True)
+
+    def _receive(self, wait: bool) -> list[LossScaleState]:
+        if self._reader is None:
+            return []
+        rows = []
+        for step, row in self._reader.arrived(wait):
+            skipped = row.skipped_steps > self._last.skipped_steps
+            if skipped or row.scale != self._last.scale:
+                self.events.append(ScaleEvent(step, row.scale, skipped))
+            self._last = row
+            rows.append(row)
+        return rows

@@ -1,0 +1,772 @@
+"""An optimizer with a loss scale of its own."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from ...core.loss_scale import (
+    DynamicLossScale,
+    LossScale,
+    LossScaleState,
+    as_loss_scale,
+)
+from ...errors import LossScaleError, LossScaleExhausted
+from ..registry import loss_scale_of
+from . import checkpoint
+from .closures import Closure, NotFinite, Snapshot, evaluates_once
+from .fusion import FusedSwitch, late_momentum
+from .gradients import (
+    Gradients,
+    Verdict,
+    blame,
+    divide_,
+    gather,
+    judge,
+    label_of,
+    labelled,
+    over_tensors,
+    refuse_float16,
+)
+from .history import History, ScaleEvent
+from .state import ScaleState
+from .stepping import step_on_device
+
+
+class Stage(Enum):
+    """Where a step stands."""
+
+    IDLE = "nothing was scaled since the last step"
+    SCALED = "a loss was scaled; the gradients are"
+    UNSCALED = "the gradients are unscaled"
+
+
+class LossScaleOptimizer(Optimizer):
+    r"""Wrap an optimizer, so that losses are scaled, and gradients unscaled, checked and clipped.
+
+    ::
+
+        scaled loss = loss * scale                          # in float32
+        g           = gradients of the scaled loss
+        norm        = |g| / scale                           # one pass over the gradients
+        if norm is finite (on every rank of process_group):
+            optimizer.step() with g / scale * min(1, max_norm / (norm + 1e-6))
+        else:
+            the parameters and the optimizer's state stay as they are
+        scale       = loss_scale.update(...)                # core.loss_scale, the one rule
+
+    With Adam, AdamW, SGD and Adagrad nothing of this is read on the host: their fused kernels
+    are turned on while they are wrapped, and unscale, clip and skip on the device. Every other
+    optimizer reads one flag a step.
+
+    Scaled gradients stand in ``.grad`` between ``backward`` and ``step``. Call `unscale_` before
+    you look at them or change them yourself. Step hooks see them unscaled, on this object and on
+    the inner optimizer.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer`` with float32 (or bfloat16, float64, complex)
+            parameters.
+        loss_scale: ``"dynamic"``, a positive number (fixed), or a :class:`~halfstep.LossScale`.
+            Left out, it is the one that the policies of these parameters want
+            (:func:`~halfstep.torch.apply_policy`), and dynamic if they have none.
+        max_norm: clip the unscaled gradients to this 2-norm, as
+            ``torch.nn.utils.clip_grad_norm_`` does. None does not clip.
+        process_group: agree with the other ranks of this group on skipping: one rank's overflow
+            skips the step on all. ``DistributedDataParallel`` needs none, since its gradients
+            are equal on all ranks by construction. The norm that clips is this rank's own.
+
+    Raises:
+        LossScaleError: an optimizer that is none, or is wrapped already; float16 parameters; a
+            ``max_norm`` that is not positive.
+        PolicyError: parameters whose policies want different loss scales.
+
+    Source: Micikevicius et al. 2017, "Mixed Precision Training", arXiv:1710.03740, section 3.2.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    >>> optimizer = LossScaleOptimizer(torch.optim.SGD([weight], lr=0.5), 1024, max_norm=10.0)
+    >>> for bad in (1.0, float("inf")):
+    ...     optimizer.zero_grad()
+    ...     optimizer.backward((weight * weight).sum() * bad)
+    ...     optimizer.step()
+    ...     print(weight.tolist(), optimizer.last_step_skipped)
+    [0.0, 0.0] False
+    [0.0, 0.0] True
+    >>> optimizer.scale_history
+    [ScaleEvent(step=2, scale=1024.0, skipped=True)]
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        loss_scale: LossScale | float | str | None = None,
+        *,
+        max_norm: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        # Optimizer.__init__ is left out on purpose: it would make groups and state of its own
+        _check_optimizer(optimizer)
+        if max_norm is not None and not max_norm > 0:
+            raise LossScaleError(f"LossScaleOptimizer(max_norm={max_norm!r}): it must be positive.")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if loss_scale is None:
+            wanted = loss_scale_of(parameters)
+            rule = DynamicLossScale() if wanted is None else wanted
+        else:
+            rule = as_loss_scale(loss_scale)
+        self._set_up(optimizer, rule, max_norm, process_group)
+        if rule.skips:
+            refuse_float16(optimizer)
+            self._fusion.turn_on()
+
+    def _set_up(
+        self,
+        optimizer: Optimizer,
+        rule: LossScale,
+        max_norm: float | None,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        self.inner_optimizer = optimizer
+        self.max_norm = max_norm
+        self.process_group = process_group
+        self._fusion = FusedSwitch(optimizer)
+        self._stage = Stage.IDLE
+        self._found: Tensor | None = None
+        self._last_found: Tensor | None = None
+        self._last_norm: Tensor | None = None
+        self._guards: list[torch.utils.hooks.RemovableHandle] = []
+        self._leftover: dict[int, int] = {}
+        self._steps = 0
+        self._use_rule(rule)
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+
+    def _use_rule(self, rule: LossScale) -> None:
+        self._state = ScaleState(rule)
+        self._history = History(self._state.read())
+
+    # ------------------------------------------------------------------ the inner optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's groups, the very objects."""
+        return self.inner_optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's state, the very object."""
+        return self.inner_optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's defaults, the very object."""
+        return self.inner_optimizer.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        # what optimizers from elsewhere add to the protocol, such as schedule-free's train()
+        if name.startswith("_") or name == "inner_optimizer":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.inner_optimizer, name)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters to the inner optimizer.
+
+        Raises:
+            LossScaleError: float16 parameters; the group is not added then.
+        """
+        self.inner_optimizer.add_param_group(param_group)
+        if not self.loss_scale.skips:
+            return
+        try:
+            refuse_float16(self.inner_optimizer)
+        except LossScaleError:
+            self.inner_optimizer.param_groups.pop()
+            raise
+        self._fusion.turn_on()
+
+    def __repr__(self) -> str:
+        clip = "" if self.max_norm is None else f", max_norm={self.max_norm}"
+        return f"{type(self).__name__}({self.inner_optimizer!r}, {self.loss_scale!r}{clip})"
+
+    # ------------------------------------------------------------------ what it did
+
+    @property
+    def loss_scale(self) -> LossScale:
+        """The rule that makes the scale: a frozen value."""
+        return self._state.rule
+
+    @property
+    def current_scale(self) -> float:
+        """What the next loss is multiplied by. Reading it waits for the device."""
+        return float(self._state.read().scale)
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last ``step()`` left the parameters alone. Reading it waits for the device.
+
+        Hold back a scheduler with it: ``if not optimizer.last_step_skipped: scheduler.step()``.
+        """
+        return self._last_found is not None and bool(self._last_found.item())
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped in all. Reading it waits for the device."""
+        return int(self._state.read().skipped_steps)
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The 2-norm of the unscaled gradients before clipping: a 0-dim tensor on the device.
+
+        None without ``max_norm``, and before the first step.
+        """
+        return self._last_norm
+
+    @property
+    def scale_history(self) -> list[ScaleEvent]:
+        """Every step that was skipped or changed the scale. Reading it waits for the device."""
+        self._history.drain()
+        return list(self._history.events)
+
+    # ------------------------------------------------------------------ scaling
+
+    def scale(self, loss: Any) -> Any:
+        """Return the loss times the scale, computed in float32.
+
+        Args:
+            loss: a tensor, or a nested list, tuple, dict or other iterable of tensors.
+
+        Returns:
+            The same structure; float16 and bfloat16 tensors come back in float32.
+
+        Raises:
+            LossScaleError: a loss that does not require grad, or is no floating tensor.
+        """
+        if not self.loss_scale.skips:
+            return loss
+        scaled = over_tensors(loss, self._scaled)
+        self._stage = Stage.SCALED if self._stage is Stage.IDLE else self._stage
+        return scaled
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        if not (loss.is_floating_point() or loss.is_complex()):
+            raise LossScaleError(f"A loss of dtype {loss.dtype} cannot be scaled: it has no grad.")
+        if not loss.requires_grad:
+            raise LossScaleError(
+                f"A loss of shape {tuple(loss.shape)} does not require grad: it was computed under "
+                "no_grad, detached, or from parameters that are frozen."
+            )
+        wide = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
+        scaled = wide * self._state.on(self._home())[0].to(loss.device, non_blocking=True)
+        if self._leftover:
+            scaled.register_hook(self._refuse_leftover)  # type: ignore[no-untyped-call]
+        return scaled
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Scale the loss and run ``backward(**kwargs)`` on it.
+
+        With ``inputs=`` only these tensors receive gradients: where two losses share a graph (a
+        GAN), that keeps one optimizer's scale out of the other's gradients.
+        """
+        self.scale(loss).backward(**kwargs)
+
+    def unscale_(self) -> None:
+        """Divide the gradients by the scale now, in place; a second call does nothing.
+
+        `step` does it by itself. Call it before you look at the gradients or change them.
+
+        Raises:
+            LossScaleError: gradients that were never scaled. And until the step or `zero_grad`,
+                a ``backward`` that adds to the gradients raises: its own would be scaled.
+        """
+        if not self.loss_scale.skips or self._stage is Stage.UNSCALED:
+            return
+        grads = self._gather()
+        if not grads:
+            return
+        verdict = judge(grads, self._scale_now(), None, self._home())
+        divide_(grads, verdict.divisor)
+        self._found = verdict.found
+        self._stage = Stage.UNSCALED
+        self._guard()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the inner optimizer does."""
+        self.inner_optimizer.zero_grad(set_to_none)
+        self._leftover = {}
+        self._unguard()
+        if self._stage is Stage.UNSCALED:
+            self._stage = Stage.IDLE
+
+    # ------------------------------------------------------------------ stepping
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """Unscale, check, clip, and let the inner optimizer step if all gradients are finite.
+
+        Args:
+            closure: evaluates the loss, scales it through this optimizer, runs backward, and
+                returns the loss (the unscaled one). It is called once, or as often as the inner
+                optimizer wants (LBFGS); then each evaluation is unscaled and checked, and one
+                that is not finite takes back the whole step.
+
+        Returns:
+            What the closure returned first, or None.
+
+        Raises:
+            LossScaleError: gradients, and nothing was scaled since the last step.
+            LossScaleExhausted: a smaller scale can no longer help. On an accelerator it comes a
+                few steps late, because nothing waits for it.
+        """
+        if closure is not None and not evaluates_once(self.inner_optimizer):
+            return self._step_evaluating(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step(closure)
+        return loss
+
+    def _step(self, closure: Closure | None) -> None:
+        if self._watched():
+            self.unscale_()
+        for hook in self._optimizer_step_pre_hooks.values():
+            hook(self, (closure,), {})
+        if not self.loss_scale.skips:
+            self._clip_only()
+            self.inner_optimizer.step()
+        else:
+            self._decide_and_step()
+        for hook in self._optimizer_step_post_hooks.values():
+            hook(self, (closure,), {})
+
+    def _decide_and_step(self) -> None:
+        grads = self._gather()
+        if not grads and self.process_group is None:
+            self._last_found = None
+            self._end()
+            return
+        verdict = self._verdict(grads)
+        found, taken = self._agree(verdict.found, bool(grads))
+        if self._skips_on_device(grads):
+            step_on_device(self.inner_optimizer, found, verdict.divisor)
+        else:
+            self._step_by_flag(grads, found, verdict.divisor)
+        self._record(found, verdict.norm, taken)
+
+    def _verdict(self, grads: Gradients) -> Verdict:
+        """Judge the gradients as they are: still scaled, or unscaled and perhaps changed since."""
+        if self._stage is not Stage.UNSCALED or self._found is None:
+            return judge(grads, self._scale_now(), self.max_norm, self._home())
+        if self.max_norm is None:
+            return Verdict(self._found, None, None)
+        verdict = judge(grads, torch.ones((), device=self._home()), self.max_norm, self._home())
+        return Verdict(torch.maximum(verdict.found, self._found), verdict.divisor, verdict.norm)
+
+    def _agree(self, found: Tensor, present: bool) -> tuple[Tensor, Tensor | None]:
+        """Take the largest flag of all ranks; a rank without gradients has nothing against it."""
+        if self.process_group is None:
+            return found, None
+        flags = torch.stack([found, torch.full_like(found, float(present))])
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.process_group)
+        return flags[0], flags[1] > 0
+
+    def _skips_on_device(self, grads: Gradients) -> bool:
+        optimizer = self.inner_optimizer
+        if not self._fusion.known:
+            return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        if self._fusion.on and grads.sparse:
+            self._fusion.turn_off()
+        if not self._fusion.on or grads.foreign is not None:
+            return False
+        return type(optimizer).step is not SGD.step or not late_momentum(optimizer)
+
+    def _step_by_flag(self, grads: Gradients, found: Tensor, divisor: Tensor | None) -> None:
+        if divisor is not None:
+            divide_(grads, divisor)
+        if found.item():  # the one host read of this route
+            return
+        if self._fusion.on:
+            with self._fusion.paused():
+                self.inner_optimizer.step()
+        else:
+            self.inner_optimizer.step()
+
+    def _record(self, found: Tensor, norm: Tensor | None, taken: Tensor | None) -> None:
+        self._steps += 1
+        self._last_found = found
+        self._last_norm = norm if self.max_norm is not None else None
+        packed = self._state.advance(found, taken)
+        self._end()
+        for row in self._history.record(self._steps, packed):
+            if self.loss_scale.exhausted(row):
+                raise LossScaleExhausted(self._exhausted_message(row))
+
+    def _end(self) -> None:
+        self._found = None
+        self._stage = Stage.IDLE
+        self._unguard()
+        self._leftover = {
+            id(p.grad): p.grad._version
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
+
+    def _clip_only(self) -> None:
+        """Clip without a scale; what is not finite stays so, as with ``clip_grad_norm_``."""
+        if self.max_norm is None:
+            return
+        grads = gather(self.inner_optimizer, allow_float16=True)
+        if grads:
+            home = self._home()
+            verdict = judge(grads, torch.ones((), device=home), self.max_norm, home)
+            divide_(grads, verdict.divisor)
+            self._last_norm = verdict.norm
+
+    def _step_evaluating(self, closure: Closure) -> Any:
+        """Let the inner optimizer evaluate the closure as often as it wants."""
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+            raise LossScaleError(
+                f"{type(self.inner_optimizer).__name__} evaluates its closure itself, so hooks "
+                "on the step cannot see its gradients. Register them on inner_optimizer."
+            )
+        if not self.loss_scale.skips:
+            return self.inner_optimizer.step(self._evaluation(closure, []))
+        before = Snapshot.of(self.inner_optimizer)
+        found: list[Tensor] = []
+        result = None
+        try:
+            result = self.inner_optimizer.step(self._evaluation(closure, found))
+        except NotFinite:
+            before.restore(self.inner_optimizer)
+        if found:
+            self._record(found[-1], self._last_norm, None)
+        return result
+
+    def _evaluation(self, closure: Closure, found: list[Tensor]) -> Closure:
+        def evaluate() -> Any:
+            self._unguard()
+            self._leftover = {}
+            self._stage = Stage.IDLE
+            with torch.enable_grad():
+                loss = closure()
+            if not self.loss_scale.skips:
+                self._clip_only()
+                return loss
+            grads = self._gather()
+            if not grads:
+                return loss
+            verdict = self._verdict(grads)
+            flag, _ = self._agree(verdict.found, True)
+            divide_(grads, verdict.divisor)
+            self._last_norm = verdict.norm
+            found.append(flag)
+            if flag.item():
+                raise NotFinite
+            return loss
+
+        return evaluate
+
+    # ------------------------------------------------------------------ the Keras words
+
+    def get_scaled_loss(self, loss: Any) -> Any:
+        """Return the scaled loss: the Keras word for `scale`."""
+        return self.scale(loss)
+
+    def get_unscaled_gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the gradients of a scaled loss, unscaled, as new tensors.
+
+        Args:
+            grads: what ``torch.autograd.grad(optimizer.get_scaled_loss(loss), ...)`` gave; None
+                stays None.
+
+        Returns:
+            A list of the same length; float16 and bfloat16 gradients come back in float32.
+        """
+        if not self.loss_scale.skips:
+            return list(grads)
+        scale = self._scale_now()
+        return [None if grad is None else _divided(grad, scale) for grad in grads]
+
+    def apply_gradients(self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]]) -> None:
+        """Step with these *unscaled* gradients: check them, clip them, skip if one is not finite.
+
+        What stands in ``.grad`` is neither used nor changed.
+
+        Args:
+            grads_and_params: pairs of a gradient (or None) and its parameter.
+
+        Raises:
+            LossScaleError: a parameter that this optimizer does not have.
+            LossScaleExhausted: as in `step`.
+
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = LossScaleOptimizer(torch.optim.SGD([weight], lr=0.5), 1024)
+        >>> loss = (weight * weight).sum()
+        >>> scaled = torch.autograd.grad(optimizer.get_scaled_loss(loss), [weight])
+        >>> grads = optimizer.get_unscaled_gradients(scaled)
+        >>> optimizer.apply_gradients(zip(grads, [weight]))
+        >>> weight.tolist()
+        [0.0]
+        """
+        with self._gradients_lent(list(grads_and_params)), torch.no_grad():
+            self._unguard()
+            if self.loss_scale.skips:
+                grads = self._gather(scaled=False)
+                home = self._home()
+                if grads:
+                    self._found = judge(grads, torch.ones((), device=home), None, home).found
+                self._stage = Stage.UNSCALED
+            self._step(None)
+
+    @contextmanager
+    def _gradients_lent(self, pairs: list[tuple[Tensor | None, Tensor]]) -> Iterator[None]:
+        own = [p for group in self.param_groups for p in group["params"]]
+        known = {id(parameter) for parameter in own}
+        for place, (_, parameter) in enumerate(pairs):
+            if id(parameter) not in known:
+                raise LossScaleError(
+                    f"apply_gradients: the parameter of pair {place}, shape "
+                    f"{tuple(parameter.shape)}, is not one of this optimizer's {len(own)}."
+                )
+        before = [parameter.grad for parameter in own]
+        try:
+            for parameter in own:
+                parameter.grad = None
+            for grad, parameter in pairs:
+                # a copy: the step clips and unscales in place
+                parameter.grad = (
+                    None if grad is None else grad.detach().to(parameter.dtype, copy=True)
+                )
+            yield
+        finally:
+            for parameter, grad in zip(own, before, strict=True):
+                parameter.grad = grad
+
+    # ------------------------------------------------------------------ saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that continues the run: ``state``, ``param_groups``, ``loss_scale``.
+
+        The first two are what the bare optimizer would save, so that it can load them too.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        saved = checkpoint.Saved(
+            self.loss_scale, self._state.read(), self._steps, self.scale_history
+        )
+        state_dict = self._fusion.honest(self.inner_optimizer.state_dict())
+        state_dict[checkpoint.KEY] = checkpoint.to_plain(saved)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state. A failing load leaves everything as it was.
+
+        The saved loss scale holds from now on, unless one of the two is
+        :class:`~halfstep.NoLossScale` and the other is not: a run that goes on in bfloat16 keeps
+        its own.
+
+        Args:
+            state_dict: of `state_dict`, or of the bare optimizer (with a warning: its loss scale
+                starts anew).
+
+        Raises:
+            LossScaleError: a ``loss_scale`` entry that cannot be read.
+            ValueError: what the inner optimizer raises where the groups do not fit.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else dict(changed)
+        entry = state_dict.pop(checkpoint.KEY, None)
+        saved = self._fresh() if entry is None else checkpoint.from_plain(entry)
+        self._load_inner(state_dict)
+        if entry is None:
+            warnings.warn(
+                "This state dict is of a bare optimizer: it holds no loss scale, which starts "
+                f"anew at {self.loss_scale.first_scale}.",
+                stacklevel=2,
+            )
+        elif saved.rule.skips != self.loss_scale.skips:
+            warnings.warn(
+                f"The saved loss scale was {saved.rule}; this optimizer keeps {self.loss_scale}.",
+                stacklevel=2,
+            )
+            saved = self._fresh()
+        self._continue_from(saved)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _fresh(self) -> checkpoint.Saved:
+        rule = self.loss_scale
+        return checkpoint.Saved(rule, rule.init(float), 0, [])
+
+    def _load_inner(self, state_dict: dict[str, Any]) -> None:
+        inner = self.inner_optimizer
+        # loading replaces these two objects, so that keeping them is enough to go back
+        before = inner.state, inner.param_groups
+        try:
+            inner.load_state_dict(state_dict)
+        except BaseException:
+            inner.state, inner.param_groups = before
+            raise
+        self._fusion.forget()
+        if self.loss_scale.skips:
+            self._fusion.turn_on()
+
+    def _continue_from(self, saved: checkpoint.Saved) -> None:
+        self._use_rule(saved.rule)
+        self._state.write(saved.state)
+        self._history = History(saved.state)
+        self._history.events.extend(saved.history)
+        self._steps = saved.steps
+        self._stage = Stage.IDLE
+        self._found = self._last_found = self._last_norm = None
+        self._leftover = {}
+        self._unguard()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise LossScaleError(
+                "A LossScaleOptimizer with a process_group cannot be pickled or copied: the group "
+                "belongs to this process. Save its state_dict() instead."
+            )
+        saved = checkpoint.Saved(
+            self.loss_scale, self._state.read(), self._steps, self.scale_history
+        )
+        return {
+            "inner_optimizer": self.inner_optimizer,
+            "max_norm": self.max_norm,
+            "saved": saved,
+            "fusion_before": self._fusion.before,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved: checkpoint.Saved = state["saved"]
+        self._set_up(state["inner_optimizer"], saved.rule, state["max_norm"], None)
+        self._continue_from(saved)
+        if saved.rule.skips:
+            self._fusion.turn_on(state["fusion_before"])
+
+    # ------------------------------------------------------------------ small parts
+
+    def _home(self) -> torch.device:
+        """The device of the parameters, where the state lives."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                device: torch.device = parameter.device
+                return device
+        return torch.device("cpu")
+
+    def _scale_now(self) -> Tensor:
+        return self._state.on(self._home())[0]
+
+    def _gather(self, scaled: bool = True) -> Gradients:
+        """Return the gradients, or raise before anything is touched."""
+        optimizer = self.inner_optimizer
+        grads = gather(optimizer)
+        if grads and scaled and self._stage is Stage.IDLE:
+            raise LossScaleError(
+                "There are gradients, but no loss was scaled since the last step: they would be "
+                "divided by a scale that they never had. Use optimizer.backward(loss), or "
+                "optimizer.scale(loss).backward()."
+            )
+        if grads.foreign is not None and type(optimizer).step is not SGD.step:
+            parameter = grads.foreign
+            raise LossScaleError(
+                f"{label_of(optimizer, parameter)}, has dtype {parameter.dtype} and a gradient of "
+                f"dtype {parameter.grad_dtype}: {type(optimizer).__name__} needs the same for "
+                "both. Leave grad_dtype alone, or make the parameter float32."
+            )
+        if grads.sharded and self.process_group is None:
+            raise LossScaleError(
+                "The gradients are DTensors, sharded over ranks: pass process_group= so that all "
+                "ranks agree on skipping."
+            )
+        return grads
+
+    def _watched(self) -> bool:
+        """Whether hooks will look at the gradients before the step."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self.inner_optimizer._optimizer_step_pre_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+        )
+
+    def _guard(self) -> None:
+        inner = self.inner_optimizer
+
+        def refuse(parameter: Tensor) -> None:
+            raise LossScaleError(
+                f"backward() added a gradient to {label_of(inner, parameter)}, after unscale_(): "
+                "the two have different scales. Run all backward passes before unscale_(), or "
+                "call step() or zero_grad() in between."
+            )
+
+        self._guards = [
+            parameter.register_post_accumulate_grad_hook(refuse)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and parameter.is_leaf
+        ]
+
+    def _unguard(self) -> None:
+        for guard in self._guards:
+            guard.remove()
+        self._guards = []
+
+    def _refuse_leftover(self, _: Tensor) -> None:
+        """Raise, as backward begins, if gradients of the last step are still there."""
+        for parameter, label in labelled(self.inner_optimizer):
+            grad = parameter.grad
+            if grad is not None and self._leftover.get(id(grad)) == grad._version:
+                raise LossScaleError(
+                    f"{label}, still has the gradient of the last step, which is unscaled: this "
+                    "backward would add a scaled one to it. Call zero_grad() before."
+                )
+        self._leftover = {}
+
+    def _exhausted_message(self, row: LossScaleState) -> str:
+        rule = self.loss_scale
+        floor = getattr(rule, "min_scale", rule.first_scale)
+        return (
+            f"The loss scale is {row.scale:g}, its floor is {floor:g}, and the gradients of the "
+            f"last {int(row.bad_steps)} steps in a row were not finite. A smaller scale cannot "
+            "help: this is not a scaling problem. Look at the data, the learning rate and the "
+            f"loss itself. Not finite last: {blame(self.inner_optimizer)}."
+        )
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if isinstance(optimizer, LossScaleOptimizer):
+        raise LossScaleError(
+            "This optimizer is wrapped in a LossScaleOptimizer already: its gradients would be "
+            "unscaled twice."
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise LossScaleError(
+            f"LossScaleOptimizer takes a torch.optim.Optimizer, got a {type(optimizer).__name__}."
+        )
+
+
+def _divided(grad: Tensor, scale: Tensor) -> Tensor:
+    wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+    return wide / scale.to(grad.device, non_blocking=True)

@@ -1,0 +1,61 @@
+"""The state of the loss scale, as one small tensor on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core.loss_scale import LossScale, LossScaleState
+
+# what a row of the packed tensor holds, in this order
+FIELDS = LossScaleState._fields
+
+
+class ScaleState:
+    """The four numbers of a `LossScaleState`, packed into one float32 tensor of shape (4,).
+
+    One tensor, so that a single copy carries all of it to the host. It is made on the first use,
+    where the parameters are by then: a model may be built on the meta device and moved later.
+    """
+
+    def __init__(self, rule: LossScale) -> None:
+        self.rule = rule
+        self._values = LossScaleState(*(float(value) for value in rule.init(float)))
+        self._packed: Tensor | None = None
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the packed state, on ``device`` from now on."""
+        if self._packed is None:
+            self._packed = torch.tensor(self._values, dtype=torch.float32, device=device)
+        elif self._packed.device != device:
+            self._packed = self._packed.to(device)
+        return self._packed
+
+    def advance(self, found: Tensor, taken: Tensor | None = None) -> Tensor:
+        """Let the rule make the next state, in place, and return it packed.
+
+        Args:
+            found: 1.0 if the gradients were not finite, else 0.0.
+            taken: a boolean; where it is False the state stays. None means True.
+        """
+        packed = self.on(found.device)
+        before = LossScaleState(*packed.unbind())
+        after = self.rule.update(before, found == 0)
+        if taken is not None:
+            after = LossScaleState(
+                *(torch.where(taken, new, old) for new, old in zip(after, before, strict=True))
+            )
+        # stacked first: the fields of `before` are views of what is written
+        packed.copy_(torch.stack([field.to(torch.float32) for field in after]))
+        return packed
+
+    def read(self) -> LossScaleState:
+        """Return the state as Python floats; this waits for the device."""
+        if self._packed is not None:
+            return LossScaleState(*self._packed.tolist())
+        return self._values
+
+    def write(self, values: LossScaleState) -> None:
+        """Replace the state."""
+        self._values = LossScaleState(*(float(value) for value in values))
+        self._packed = None
