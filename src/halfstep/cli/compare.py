@@ -1,0 +1,170 @@
+"""``halfstep compare``: train the same model under several policies and show what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import HalfstepError
+from ..recipes import BUILT_IN
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..compare import Settings, Summary
+
+INTERRUPTED = 130
+"""What a shell expects of a program that Ctrl-C ended."""
+
+_EXIT_CODES = {"finished": 0, "interrupted": INTERRUPTED}
+
+_HELP = f"""Train the same model under several policies, side by side.
+
+RECIPE is a built-in recipe ({", ".join(BUILT_IN)}) or a Python file; several are run one after the
+other. Every policy starts from the same weights and sees the same batches; the first one is what
+the others are compared with.
+"""
+
+
+@click.command(help=_HELP)
+@click.argument("recipes", metavar="RECIPE...", nargs=-1)
+@click.option(
+    "--policies",
+    metavar="P,P,...",
+    help="Names, or JSON files with a policy or a policy map. "
+    "[default: float32,mixed_float16,mixed_bfloat16]",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps. [default: the recipe's]")
+@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training data.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and batches.")
+@click.option("--device", help="For instance cuda:1. [default: a GPU if there is one]")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the summary.")
+@click.option("--html", "html_file", type=click.Path(dir_okay=False), help="Write the page.")
+@click.option(
+    "--record",
+    type=click.Path(dir_okay=False),
+    help="Where the record goes, line by line while it runs. [default: beside --json or --html "
+    "with the ending .jsonl, else runs/compare-TIME.jsonl]",
+)
+@click.option("--memory/--no-memory", default=True, help="Whether to measure peak memory.")
+@click.option("--new", type=click.Path(dir_okay=False), help="Write a commented recipe and stop.")
+def compare(
+    recipes: tuple[str, ...],
+    policies: str | None,
+    steps: int | None,
+    epochs: int | None,
+    seed: int,
+    device: str | None,
+    json_file: str | None,
+    html_file: str | None,
+    record: str | None,
+    memory: bool,
+    new: str | None,
+) -> None:
+    """Read the options, run, write, and exit with a code that says how it went."""
+    if steps is not None and epochs is not None:
+        raise click.UsageError("--steps and --epochs say the same thing; give one of them.")
+    if (new is None) == (not recipes):
+        raise click.UsageError(
+            f"Give a RECIPE ({', '.join(BUILT_IN)}, or a Python file), or --new FILE to write one."
+        )
+    try:
+        if new is not None:
+            _write_new(new)
+            return
+        from ..compare import Settings
+
+        settings = Settings(steps, epochs, seed, device, memory)
+        at = _record_path(record, json_file, html_file)
+        code = _run(recipes, policies, settings, at, json_file, html_file)
+    except HalfstepError as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def _write_new(path: str) -> None:
+    from ..compare import write_template
+
+    written = write_template(path)
+    click.echo(f"Wrote {written}. It runs as it is: halfstep compare {shlex.quote(str(written))}")
+
+
+def _record_path(record: str | None, json_file: str | None, html_file: str | None) -> Path:
+    if record is not None:
+        return Path(record)
+    beside = json_file or html_file
+    if beside is not None:
+        path = Path(beside)
+        # --json run.jsonl must not share its file with the record
+        return path.with_suffix(".record.jsonl" if path.suffix == ".jsonl" else ".jsonl")
+    return Path("runs") / f"compare-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
+
+
+def _run(
+    recipes: tuple[str, ...],
+    policies: str | None,
+    settings: Settings,
+    record: Path,
+    json_file: str | None,
+    html_file: str | None,
+) -> int:
+    from rich.console import Console
+
+    from ..compare import compare as run
+    from ..compare.display import Progress, print_summary
+
+    if html_file is not None:
+        _need_report()
+    console = Console(highlight=False)
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    with Progress(console) as progress:
+        summary = run(
+            recipes, policies, settings, record=record, on_event=progress, command=command
+        )
+    print_summary(summary, console)
+    _write(summary, record, json_file, html_file, console)
+    return _EXIT_CODES.get(summary["status"], 1)
+
+
+def _need_report() -> None:
+    """Say before the training, not after it, that the page cannot be made."""
+    try:
+        from .. import report as report
+    except ImportError as error:
+        raise click.ClickException(
+            f"--html needs what pip install 'halfstep[report]' brings: {error}."
+        ) from None
+
+
+def _write(
+    summary: Summary, record: Path, json_file: str | None, html_file: str | None, console: Console
+) -> None:
+    if json_file is not None:
+        _replace(Path(json_file), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    if html_file is not None:
+        from .. import report
+
+        _replace(Path(html_file), report.render(summary))
+    if summary["status"] == "interrupted":
+        console.print("Interrupted; this is what there was.", style="yellow")
+    places = {"record": record, "summary": json_file, "page": html_file}
+    for what, path in places.items():
+        if path is not None:
+            console.print(f"{what:>8}: {os.path.abspath(path)}", soft_wrap=True, markup=False)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

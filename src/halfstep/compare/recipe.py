@@ -1,0 +1,247 @@
+"""A recipe: a Python file with plain functions that says what to train, on what, and how to judge.
+
+What a recipe holds (torch; this list is the interface, and the template is an example of it):
+
+===================================== =======================================================
+``make_model() -> nn.Module``         a new model, float32, on the CPU; the weights may be random,
+                                      every policy starts from the same ones
+``make_optimizer(model) -> Optimizer`` an optimizer over ``model.parameters()``
+``batches(epoch, seed) -> iterable``  the training batches of one epoch, the same for the same
+                                      arguments; tensors, or tuples, lists and dicts of them. They
+                                      are moved to the device for you
+``loss(model, batch) -> Tensor``      the training loss, a scalar; the model is in training mode
+``evaluate(model) -> dict``           numbers by name; the model is in evaluation mode, without
+                                      gradients. A key ``examples`` says how many examples the
+                                      metric is a share of, and is no metric itself
+===================================== =======================================================
+
+and, optional:
+
+===================================== =======================================================
+``setup(seed, device) -> str | None`` runs once, before all else; what it returns is a note that
+                                      is shown with the result
+``STEPS`` or ``EPOCHS``               how long to train when the command does not say; 1 epoch
+``METRIC``                            the metric that counts; else the first one of ``evaluate``
+``HIGHER_IS_BETTER``                  whether more of it is better; False
+``SAME_WITHIN``                       two metrics that differ by no more than this share of the
+                                      first are the same; 0.01. A metric with ``examples`` is judged
+                                      by its binomial standard error instead
+``TITLE``                             one line for the page; else the file's first line
+``FRAMEWORK``                         ``"torch"``
+===================================== =======================================================
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError, nearest
+from ..recipes import BUILT_IN, TEMPLATE
+
+FRAMEWORKS = ("torch",)
+"""What a recipe's FRAMEWORK may be; :mod:`halfstep.compare.run` has what trains each."""
+
+_FUNCTIONS = {
+    "make_model": ((), "a new model, the same kind each time"),
+    "make_optimizer": (("model",), "an optimizer over the model's parameters"),
+    "batches": (("epoch", "seed"), "an iterable of the training batches of one epoch"),
+    "loss": (("model", "batch"), "the training loss, a scalar tensor"),
+    "evaluate": (("model",), "a dict of metrics, numbers by name"),
+}
+_OPTIONAL = {"setup": (("seed", "device"), "None, or a note to show with the result")}
+
+_CONSTANTS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "TITLE": (str, "a string"),
+    "FRAMEWORK": (str, "one of " + ", ".join(map(repr, FRAMEWORKS))),
+    "STEPS": (int, "a whole number above 0"),
+    "EPOCHS": (int, "a whole number above 0"),
+    "METRIC": (str, "a key of the dict that evaluate() returns"),
+    "HIGHER_IS_BETTER": (bool, "True or False"),
+    "SAME_WITHIN": ((int, float), "a share, for instance 0.01, not below 0"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that was loaded and has every function it needs.
+
+    Attributes:
+        name: how the user named it, for instance ``"digits-conv"`` or ``"mine/recipe.py"``.
+        file: where it lies.
+        module: the module that the file became. What ``setup`` changes in it holds afterwards,
+            so constants are looked up when they are needed.
+    """
+
+    name: str
+    file: Path
+    module: types.ModuleType
+
+    def constant(self, name: str, default: Any = None) -> Any:
+        """Return what the file says about ``name`` now.
+
+        Raises:
+            RecipeError: it is there and of the wrong kind.
+        """
+        value = getattr(self.module, name, None)
+        if value is None:
+            return default
+        kind, allowed = _CONSTANTS[name]
+        wrong_bool = isinstance(value, bool) and kind is not bool
+        if not isinstance(value, kind) or wrong_bool or not _in_range(name, value):
+            raise RecipeError(f"{self.file}: {name} = {value!r} must be {allowed}.")
+        return value
+
+    @property
+    def framework(self) -> str:
+        """What trains it, ``"torch"`` when it does not say."""
+        return str(self.constant("FRAMEWORK", "torch"))
+
+    @property
+    def title(self) -> str:
+        """``TITLE``, else the first line of the file's docstring, else the name."""
+        first_line = (self.module.__doc__ or "").strip().partition("\n")[0]
+        return str(self.constant("TITLE", first_line or self.name))
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """Call one of the recipe's functions; with ``setup`` left out, nothing happens.
+
+        Raises:
+            RecipeError: from an error inside, with its place in the recipe.
+        """
+        found: Callable[..., Any] | None = getattr(self.module, function, None)
+        return found(*arguments) if found is not None else None
+
+    def where(self, error: BaseException) -> str:
+        """Return the place of an error, as deep inside this recipe's file as its traceback goes.
+
+        The file alone where the error arose outside of it.
+        """
+        trace, line = error.__traceback__, None
+        while trace is not None:
+            if Path(trace.tb_frame.f_code.co_filename) == self.file:
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        return str(self.file) if line is None else f"{self.file}, line {line}"
+
+
+def _in_range(name: str, value: Any) -> bool:
+    if name in ("STEPS", "EPOCHS"):
+        return bool(value > 0)
+    if name == "SAME_WITHIN":
+        return bool(value >= 0)
+    return name != "FRAMEWORK" or value in FRAMEWORKS
+
+
+def load_recipe(name: str | os.PathLike[str]) -> Recipe:
+    """Load a built-in recipe by its name, or a user's by its file.
+
+    Args:
+        name: for instance ``"digits-conv"`` or ``"my_recipe.py"``.
+
+    Raises:
+        RecipeError: no such recipe, a file that does not run, or one that lacks a function: the
+            message names the function, its arguments, what it must return and the file.
+
+    >>> load_recipe("digits-conf")
+    Traceback (most recent call last):
+    halfstep.errors.RecipeError: 'digits-conf' is neither a built-in recipe (digits-mlp, ...)
+    nor a Python file. Did you mean 'digits-conv'...?
+    """
+    name = os.fspath(name)
+    file = BUILT_IN.get(name) or Path(name)
+    if not file.is_file():
+        raise RecipeError(
+            f"{name!r} is neither a built-in recipe ({', '.join(BUILT_IN)}) nor a Python file."
+            + nearest(name, BUILT_IN)
+        )
+    recipe = Recipe(name, file.resolve(), _run_file(file.resolve()))
+    _check(recipe)
+    return recipe
+
+
+def _run_file(file: Path) -> types.ModuleType:
+    """Run the file as a module; it may import its neighbours, as a script may."""
+    module = types.ModuleType(f"halfstep_recipe_{file.stem}")
+    module.__file__ = str(file)
+    # registered: dataclasses and pickle look a class's module up there
+    sys.modules[module.__name__] = module
+    if str(file.parent) not in sys.path and file not in BUILT_IN.values():
+        sys.path.insert(0, str(file.parent))
+    recipe = Recipe(file.name, file, module)
+    try:
+        exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), module.__dict__)
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"{recipe.where(error)}: {error}. Install what this recipe imports"
+            + (", for instance with pip install 'halfstep[demo]'." if file in _built_in() else ".")
+        ) from error
+    except Exception as error:  # a user's file may raise anything
+        raise RecipeError(
+            f"{recipe.where(error)}: this recipe does not run: {type(error).__name__}: {error}"
+        ) from error
+    return module
+
+
+def _built_in() -> set[Path]:
+    return {path.resolve() for path in BUILT_IN.values()}
+
+
+def _check(recipe: Recipe) -> None:
+    for name, (arguments, returns) in {**_FUNCTIONS, **_OPTIONAL}.items():
+        function = getattr(recipe.module, name, None)
+        wanted = f"{name}({', '.join(arguments)})"
+        if function is None and name in _OPTIONAL:
+            continue
+        if not callable(function):
+            raise RecipeError(
+                f"{recipe.file}: this recipe has no function {wanted}, which must return "
+                f"{returns}.{_misspelt(name, recipe.module)}"
+            )
+        if not _takes(function, len(arguments)):
+            raise RecipeError(
+                f"{recipe.file}: {name}{inspect.signature(function)} must be callable as "
+                f"{wanted}, and return {returns}."
+            )
+    for name in _CONSTANTS:
+        recipe.constant(name)
+
+
+def _misspelt(name: str, module: types.ModuleType) -> str:
+    own: Iterable[str] = [
+        key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"
+    ]
+    return nearest(name, own)
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return True
+    return True
+
+
+def write_template(path: str | os.PathLike[str]) -> Path:
+    """Write a commented recipe that runs as it is.
+
+    Raises:
+        RecipeError: the file is there already (it is left alone), or cannot be written.
+    """
+    path = Path(path)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise RecipeError(f"{path} exists already; it was left as it is.") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot write a recipe there: {error}.") from None
+    return path

@@ -1,0 +1,218 @@
+"""What trains a torch recipe: one model, one optimizer and one policy each."""
+
+from __future__ import annotations
+
+import platform
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..core.loss_scale import NoLossScale
+from ..core.policy import Policy, PolicyMap
+from ..errors import PolicyWarning, RecipeError
+from .engine import StepResult
+from .recipe import Recipe
+
+
+def pick_device(name: str | None = None) -> str:
+    """Return the device to train on: the one given, else CUDA where there is one, else the CPU.
+
+    Raises:
+        RecipeError: a device that torch does not have here.
+    """
+    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(f"--device {wanted}: torch cannot use it here: {reason}") from None
+    return str(torch.device(wanted))
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Return what the report says about torch and the device, as plain values."""
+    info: dict[str, Any] = {"torch": torch.__version__}
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        info["device_name"] = properties.name
+        info["capability"] = f"{properties.major}.{properties.minor}"
+        info["device_memory"] = properties.total_memory
+        info["cuda"] = torch.version.cuda
+    else:
+        info["threads"] = torch.get_num_threads()
+        info["device_name"] = platform.processor() or platform.machine()
+    return info
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators that a model or a recipe may draw from: torch, NumPy, Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def move(batch: Any, device: str) -> Any:
+    """Return the batch with its tensors on the device and its containers made anew."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(move(value, device) for value in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch
+
+
+class PlainOptimizer:
+    """The bare optimizer with the words of a loss-scaling one: what float32 training is."""
+
+    last_step_skipped = False
+    current_scale = None
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.zero_grad: Callable[[], None] = optimizer.zero_grad
+        self.step: Callable[[], Any] = optimizer.step
+
+    def backward(self, loss: Tensor) -> None:
+        """``loss.backward()``."""
+        torch.autograd.backward(loss)
+
+
+def _changes_nothing(policy: Policy | PolicyMap) -> bool:
+    default = policy.default if isinstance(policy, PolicyMap) else policy
+    overrides = policy.overrides if isinstance(policy, PolicyMap) else {}
+    return default == Policy("float32") and not overrides
+
+
+class TorchTrainee:
+    """One model under one policy.
+
+    Args:
+        recipe: what makes, trains and judges the model.
+        policy: applied to the model before its optimizer is made.
+        weights: the state dict to start from.
+        device: where it trains.
+        seed: drawn from while the model is made.
+
+    Attributes:
+        notes: what there is to say about this policy on this model, one string each.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        policy: Policy | PolicyMap,
+        weights: Mapping[str, Tensor],
+        device: str,
+        seed: int,
+    ) -> None:
+        self._recipe, self._device = recipe, device
+        self._model = make_model(recipe, seed)
+        self._model.load_state_dict(weights)
+        self._model.to(device)
+        self._scaled = not isinstance(policy.loss_scale, NoLossScale)
+        self.notes: list[str] = []
+        # Any: what a recipe returns as its optimizer is only checked by what it can do
+        self._optimizer: Any = self._make_optimizer(policy)
+        self._synchronise = (
+            torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
+        )
+
+    def _make_optimizer(self, policy: Policy | PolicyMap) -> Any:
+        if _changes_nothing(policy):
+            return PlainOptimizer(self._recipe.call("make_optimizer", self._model))
+        import halfstep.torch as door
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", PolicyWarning)
+            door.apply_policy(self._model, policy)
+        for warning in caught:
+            if issubclass(warning.category, PolicyWarning):
+                self.notes.append(str(warning.message))
+            else:
+                warnings.warn_explicit(
+                    warning.message, warning.category, warning.filename, warning.lineno
+                )
+        return door.LossScaleOptimizer(self._recipe.call("make_optimizer", self._model))
+
+    def step(self, batch: Any, seed: int) -> StepResult:
+        """Train on one batch and time it: zero_grad, forward, backward, update."""
+        batch = move(batch, self._device)
+        self._model.train()
+        seed_everything(seed)
+        self._synchronise()
+        start = time.perf_counter()
+        self._optimizer.zero_grad()
+        loss = self._recipe.call("loss", self._model, batch)
+        self._check_loss(loss)
+        self._optimizer.backward(loss)
+        self._optimizer.step()
+        self._synchronise()
+        seconds = time.perf_counter() - start
+        # read after the clock has stopped: these wait for the device
+        return StepResult(
+            seconds=seconds,
+            loss=float(loss.detach()),
+            skipped=bool(self._optimizer.last_step_skipped),
+            scale=float(self._optimizer.current_scale) if self._scaled else None,
+        )
+
+    def _check_loss(self, loss: Any) -> None:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else loss
+            raise RecipeError(
+                f"{self._recipe.file}: loss(model, batch) returned {given!r}; it must return a "
+                "scalar tensor."
+            )
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the recipe's metrics of the model in evaluation mode, as Python numbers."""
+        self._model.eval()
+        with torch.no_grad():
+            metrics = self._recipe.call("evaluate", self._model)
+        try:
+            return {str(name): float(value) for name, value in metrics.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise RecipeError(
+                f"{self._recipe.file}: evaluate(model) returned {metrics!r}; it must return a "
+                f"dict of numbers: {error}."
+            ) from None
+
+
+def _nothing() -> None:
+    """A CPU has nothing to wait for."""
+
+
+def make_model(recipe: Recipe, seed: int) -> nn.Module:
+    """Return a new model of the recipe.
+
+    Raises:
+        RecipeError: ``make_model`` raised or returned something else.
+    """
+    seed_everything(seed)
+    try:
+        model = recipe.call("make_model")
+    except Exception as error:  # a user's function may raise anything
+        raise RecipeError(
+            f"{recipe.where(error)}: make_model(): {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise RecipeError(
+            f"{recipe.file}: make_model() returned {model!r}; it must return a torch.nn.Module."
+        )
+    return model
+
+
+def initial_weights(recipe: Recipe, seed: int) -> dict[str, Tensor]:
+    """Return the weights that every policy starts from, on the CPU."""
+    state = make_model(recipe, seed).state_dict()
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()
+    }

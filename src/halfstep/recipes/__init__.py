@@ -1,0 +1,19 @@
+"""The built-in recipes: plain files, of the kind that a user writes.
+
+``digits-mlp`` is the file ``digits_mlp.py``, and so on; :mod:`halfstep.compare` loads them by their
+path, as it loads a user's. They train on real data that is already on the machine.
+``template.py`` is what ``halfstep compare --new`` copies.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TEMPLATE = Path(__file__).with_name("template.py")
+"""The recipe that ``--new`` writes."""
+
+BUILT_IN = {
+    name: Path(__file__).with_name(name.replace("-", "_") + ".py")
+    for name in ("digits-mlp", "digits-conv", "pydoc-gpt", "blog-conv")
+}
+"""The file of every built-in recipe, by its name."""
