@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import PolicyError
-from .plan import plan_of
+from .plan import plan_of, transformed
 
 GROUP_BYTES = 64 * 2**20
 """How many bytes of weights are cast together at most: a group's gradients are all in memory
@@ -172,8 +172,8 @@ def _fresh(weight: torch.Tensor, original: torch.Tensor, version: int, low: torc
 
 def _one_by_one() -> bool:
     """Whether the weights of a group must be cast one by one just now."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True  # torch.func transforms differentiate and batch plain casts by themselves
+    if transformed():
+        return True  # torch.func differentiates and batches plain casts by itself
     ddp = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     # it looks in the graph for parameters that take no part in this step; in a group all do
     return ddp is not None and ddp.find_unused_parameters

@@ -20,7 +20,7 @@ from .casting import cast_call, cast_nested
 from .copies import WeightCopies, calls, entry_of, forget_entry
 from .plan import ATTRIBUTE, LayerPlan, plan_of
 from .region import leave
-from .rules import PARAMETERS
+from .rules import PARAMETERS, SWITCHES
 
 Forward = Callable[..., Any]
 
@@ -63,6 +63,9 @@ def detach(module: nn.Module) -> None:
 
 def _make_class(base: type, reads: tuple[str, ...]) -> type:
     body: dict[str, Any] = {name: _weight(base, name) for name in reads}
+    body |= {name: _shown(name, value) for cls, name, value in SWITCHES if issubclass(base, cls)}
+    if issubclass(base, nn.RNNBase):
+        body["_flat_weights"] = _flat_weights()
     body |= {
         _BASE: base,
         "__module__": base.__module__,
@@ -104,6 +107,27 @@ class _Weight(property):
 
 def _is_weight(member: object) -> bool:
     return isinstance(member, _Weight)
+
+
+def _shown(name: str, value: object) -> property:
+    """A property that shows ``value``, whatever is stored under its name."""
+
+    def set_(self: nn.Module, stored: object) -> None:
+        self.__dict__[name] = stored
+
+    return property(lambda self: value, set_)
+
+
+def _flat_weights() -> property:
+    """The list of weights that a recurrent layer reads instead of its weights."""
+
+    def get(self: nn.Module) -> list[Any]:
+        return [read(self, weight) for weight in self.__dict__["_flat_weights"]]
+
+    def set_(self: nn.Module, weights: list[Any]) -> None:
+        self.__dict__["_flat_weights"] = weights
+
+    return property(get, set_)
 
 
 def _weight(base: type, name: str) -> _Weight:

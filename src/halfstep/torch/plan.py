@@ -63,8 +63,18 @@ class LayerPlan:
             return False
         if isinstance(weight, UninitializedTensorMixin) or weight.dim() == 0:
             return False
-        where = self.reads_where
-        return where == "low" or (weight.device.type == "cpu") == (where == "low on cpu")
+        if self.reads_where == "low":
+            return True
+        if self.reads_where == "low off cpu" and transformed():
+            return True  # torch.func cannot batch the backward of a norm of two dtypes (2.13)
+        return (weight.device.type == "cpu") == (self.reads_where == "low on cpu")
+
+
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform, ``grad`` or ``vmap`` say, is under way."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def plan_of(module: nn.Module) -> LayerPlan | None:

@@ -75,7 +75,8 @@ _ATTENTION = Rule(
     "attention", "{compute} weights, its projections' too",
     inputs="cast finite", inside="functional", covers=True,
 )  # fmt: skip
-_ENCODER_LAYER = Rule("plain", PLAIN.why, inside="functional", covers=True)
+# it copies log_softmax's result into a tensor of its input's dtype: autocast would make them two
+_ADAPTIVE_SOFTMAX = Rule("plain", "computes in {compute}", inputs="cast finite", inside="off")
 # cuDNN wants all weights of a recurrent layer in one buffer, which torch.autocast casts whole
 _RECURRENT = Rule(
     "recurrent", "{compute} weights", inputs="cast", weights="low on cpu", inside="on"
@@ -91,7 +92,7 @@ RULES: tuple[tuple[tuple[type[nn.Module], ...], Rule], ...] = (
     ((nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d), _UPCAST),
     ((_Loss,), _LOSS),
     ((nn.MultiheadAttention,), _ATTENTION),
-    ((nn.TransformerEncoderLayer,), _ENCODER_LAYER),
+    ((nn.AdaptiveLogSoftmaxWithLoss,), _ADAPTIVE_SOFTMAX),
     ((nn.RNNBase,), _RECURRENT),
 )
 """Classes and the rule for them; subclasses follow, the first row that fits applies."""
@@ -106,6 +107,14 @@ LEAVES: frozenset[type[nn.Module]] = frozenset(
 )  # fmt: skip
 """Layers of torch's own whose one operation meets only its inputs and weights: autocast has nothing
 to add. (A subclass may compute more in its forward, so only these very classes are here.)"""
+
+
+SWITCHES: tuple[tuple[type[nn.Module], str, object], ...] = (
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+)
+"""Attributes that a class shows otherwise under a policy: these two switch off the fused paths for
+inference, which take the float32 weights of every layer below without asking the layer."""
 
 
 def rule_for(module: nn.Module, owns_weights: bool) -> Rule:
