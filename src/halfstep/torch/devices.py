@@ -6,6 +6,7 @@ magnitude: so the question whether a policy pays is answered with a stopwatch.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 _TRIES = 4  # the first call of a dtype compiles or loads kernels, others meet a busy machine
 _LONG_ENOUGH = 0.010  # seconds of one float32 call: above clock and launch noise
+_GROWN = 1.5  # a size has two to four times the work of the one before it
 _MOST_ROUNDS = 200
 
 Call: TypeAlias = Callable[[], object]
@@ -55,7 +57,8 @@ class Operation:
 
     Attributes:
         name: its name.
-        sizes: from small to large, each about three times the work of the one before.
+        sizes: from small to large, each two to four times the work of the one before; the first
+            is small enough for 16 bits emulated on a slow CPU, and large enough to tell.
         make: returns a call that computes the operation and its gradients once.
         describe: says a size in words.
     """
@@ -84,21 +87,18 @@ def _convolution(size: tuple[int, ...], dtype: torch.dtype, device: torch.device
 OPERATIONS = (
     Operation(
         "product",
-        [(n, n) for k in range(6, 13) for n in (2**k, 3 * 2 ** (k - 1))],
+        [(n, n) for k in range(8, 13) for n in (2**k, 3 * 2 ** (k - 1))],
         _product,
         lambda size: f"{size[0]} x {size[0]} x {size[1]}",
     ),
     Operation(
         "convolution",
-        [
-            *((1, c, 16) for c in (8, 16)),
-            *((b, c, 32) for c in (16, 32, 64, 128, 256, 512) for b in (c // 8, c // 4)),
-        ],
+        [(b, c, 32) for c in (32, 64, 128, 256, 512) for b in (c // 8, c // 4)],
         _convolution,
         lambda size: f"3 x 3, {size[1]} channels, {size[0]} images of {size[2]} x {size[2]}",
     ),
 )
-"""What is timed; every dimension is a multiple of 8, as tensor cores want them."""
+"""What is timed; matrix sides and channels are multiples of 8, as tensor cores want them."""
 
 
 def torch_devices() -> tuple[torch.device, ...]:
@@ -157,8 +157,9 @@ def time_operation(
 
     ::
 
-        grow the size until one float32 call takes 10 ms, or a call in any dtype a quarter of
-        its time; each dtype is warm by then
+        grow the size until one float32 call takes 10 ms, and clearly longer than at the size
+        before (then the work sets the time, not its overhead), or a call in any dtype takes a
+        quarter of the dtype's time; each dtype is warm by then
         repeat: one call in each dtype, the order turned by one each round
         until each dtype had its time, and three rounds at least; never past three times that
 
@@ -198,7 +199,7 @@ def _grown(
     errors: dict[str, str],
 ) -> tuple[tuple[int, ...], dict[str, Call]]:
     """The size to time, and a warm call for every dtype that works; the rest goes to ``errors``."""
-    size, calls = operation.sizes[0], dict[str, Call]()
+    size, calls, before = operation.sizes[0], dict[str, Call](), math.inf
     for size in operation.sizes:
         calls, took = {}, {}
         for dtype in dtypes:
@@ -210,9 +211,12 @@ def _grown(
                 calls[dtype] = call
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 errors[dtype] = str(error).strip().partition("\n")[0]
-        enough = min(_LONG_ENOUGH, seconds)
-        if not calls or took.get(dtypes[0], enough) >= enough or max(took.values()) >= seconds / 4:
+        if not calls or max(took.values()) >= seconds / 4:
             break
+        now = took.get(dtypes[0], math.inf)
+        if now >= min(_LONG_ENOUGH, seconds) and now >= _GROWN * before:
+            break
+        before = now
     return size, calls
 
 
@@ -232,7 +236,7 @@ def _timing(
     device: str, operation: str, dtype: str, size: str, samples: list[float], error: str
 ) -> Timing:
     if not samples:
-        return Timing(device, operation, dtype, size, float("nan"), float("nan"), 0, error)
+        return Timing(device, operation, dtype, size, math.nan, math.nan, 0, error)
     median = statistics.median(samples)
     low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median,) * 3
     return Timing(device, operation, dtype, size, median, high - low, len(samples))
