@@ -27,12 +27,16 @@ class Saved:
     history: list[ScaleEvent]
 
 
+def fresh(rule: LossScale) -> Saved:
+    """Return what there is before the first step."""
+    return Saved(rule, LossScaleState(*(float(value) for value in rule.init(float))), 0, [])
+
+
 def to_plain(saved: Saved) -> dict[str, Any]:
     """Return ``saved`` as plain dicts, lists and numbers.
 
     >>> from halfstep import FixedLossScale
-    >>> rule = FixedLossScale(8)
-    >>> to_plain(Saved(rule, rule.init(float), 0, []))["state"]
+    >>> to_plain(fresh(FixedLossScale(8)))["state"]
     {'scale': 8.0, 'finite_steps': 0.0, 'bad_steps': 0.0, 'skipped_steps': 0.0}
     """
     return {

@@ -83,3 +83,17 @@ class Snapshot:
         optimizer.state.update(self.state)
         for group, setting in zip(optimizer.param_groups, self.settings, strict=True):
             group.update(setting)
+
+
+def step_or_restore(optimizer: Optimizer, evaluate: Closure) -> Any:
+    """Step with a closure that raises `NotFinite` to take the whole step back.
+
+    Returns:
+        What ``optimizer.step`` returned, or None if it was taken back.
+    """
+    before = Snapshot.of(optimizer)
+    try:
+        return optimizer.step(evaluate)
+    except NotFinite:
+        before.restore(optimizer)
+        return None

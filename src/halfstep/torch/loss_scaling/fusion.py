@@ -21,84 +21,94 @@ DEVICES = ("cpu", "cuda", "xpu")
 _STEPS = (Adam.step, AdamW.step, SGD.step, Adagrad.step)
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
+Settings = dict[str, Any]
+
+
+def has_fused_kernels(optimizer: Optimizer) -> bool:
+    """Whether this is one of the four, with its own ``step``: a subclass may have replaced it."""
+    return type(optimizer).step in _STEPS
+
+
+def is_fused(optimizer: Optimizer) -> bool:
+    """Whether every group of one of the four runs the fused kernels now."""
+    return has_fused_kernels(optimizer) and all(g.get("fused") for g in optimizer.param_groups)
+
+
+@contextmanager
+def unfused(optimizer: Optimizer) -> Iterator[None]:
+    """Run the plain kernels of SGD inside a ``with`` block (the others keep counters on device)."""
+    groups = optimizer.param_groups
+    settings = [_settings(group) for group in groups]
+    for group in groups:
+        group.update(fused=False, foreach=None)
+    try:
+        yield
+    finally:
+        for group, setting in zip(groups, settings, strict=True):
+            group.update(setting)
+
 
 class FusedSwitch:
     """Turns ``fused=True`` on in an optimizer's groups, and off again.
 
-    Attributes:
-        on: whether every group runs the fused kernels now.
+    Args:
+        optimizer: any; one without fused kernels is left alone.
+        before: the settings that were changed already, in the optimizer that this is a copy of.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, before: list[Settings | None] | None = None) -> None:
         self._optimizer = optimizer
-        self._before: list[dict[str, Any] | None] = []
-        self.on = False
+        self.before: list[Settings | None] = list(before or [])
+        self._sparse = False
+        self._seen: tuple[torch.device, type] | None = None
 
-    @property
-    def known(self) -> bool:
-        """Whether the optimizer is one of those with fused kernels, with its own ``step``."""
-        return type(self._optimizer).step in _STEPS
-
-    @property
-    def before(self) -> list[dict[str, Any] | None]:
-        """The settings that were changed, by group; None where none were."""
-        return self._before
-
-    def turn_on(self, before: list[dict[str, Any] | None] | None = None) -> None:
+    def turn_on(self) -> None:
         """Turn the fused kernels on if all groups allow it; else leave all groups as they were.
 
         All or none: the other kernels refuse to run beside a skip flag.
-
-        Args:
-            before: what was changed already, in a copy of another optimizer.
         """
-        if before is not None:
-            self._before = list(before)
         groups = self._optimizer.param_groups
-        if not self.known or not all(_allows(group) for group in groups):
+        self._seen = self._first()
+        if (
+            self._sparse
+            or not has_fused_kernels(self._optimizer)
+            or not all(map(_allows_fused, groups))
+        ):
             self.turn_off()
             return
-        self._before += [None] * (len(groups) - len(self._before))
+        self.before += [None] * (len(groups) - len(self.before))
         for place, group in enumerate(groups):
             if not group.get("fused"):
-                self._before[place] = {key: group.get(key) for key in ("fused", "foreach")}
+                self.before[place] = _settings(group)
                 group.update(fused=True, foreach=False)
-                self._move_steps(group)
-        self.on = True
+                self._move_steps(group, None)
 
     def turn_off(self) -> None:
         """Give the groups that were changed their own settings back."""
-        for group, before in zip(self._optimizer.param_groups, self._before, strict=False):
+        for group, before in zip(self._optimizer.param_groups, self.before, strict=False):
             if before is not None:
                 group.update(before)
                 if not group.get("capturable"):
                     self._move_steps(group, torch.device("cpu"))
-        self._before = []
-        self.on = False
+        self.before = []
+
+    def follow(self, sparse: bool) -> None:
+        """Look again: parameters may have moved or been filled in, gradients may be sparse."""
+        if sparse and not self._sparse:
+            self._sparse = True
+            self.turn_off()
+        elif self._seen != self._first():
+            self.turn_on()
 
     def forget(self) -> None:
         """The groups were replaced by others (a loaded state): nothing was changed in these."""
-        self._before = []
-        self.on = False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Run the kernels that are not fused inside a ``with`` block (SGD: it has no counter)."""
-        groups = self._optimizer.param_groups
-        settings = [{key: group.get(key) for key in ("fused", "foreach")} for group in groups]
-        for group in groups:
-            group.update(fused=False, foreach=None)
-        try:
-            yield
-        finally:
-            for group, setting in zip(groups, settings, strict=True):
-                group.update(setting)
+        self.before = []
 
     def honest(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a state dict of the optimizer as it was before anything was turned on."""
         groups = [dict(group) for group in state_dict["param_groups"]]
         state = dict(state_dict["state"])
-        for group, before in zip(groups, self._before, strict=False):
+        for group, before in zip(groups, self.before, strict=False):
             if before is None:
                 continue
             group.update(before)
@@ -106,14 +116,22 @@ class FusedSwitch:
                 _steps_to_cpu(state, group["params"])
         return {**state_dict, "state": state, "param_groups": groups}
 
-    def _move_steps(self, group: dict[str, Any], device: torch.device | None = None) -> None:
+    def _first(self) -> tuple[torch.device, type] | None:
+        groups = self._optimizer.param_groups
+        return next(((p.device, type(p)) for group in groups for p in group["params"]), None)
+
+    def _move_steps(self, group: dict[str, Any], device: torch.device | None) -> None:
         for parameter in group["params"]:
             state = self._optimizer.state.get(parameter)
             if state and isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].to(device or parameter.device, torch.float32)
 
 
-def _allows(group: dict[str, Any]) -> bool:
+def _settings(group: dict[str, Any]) -> Settings:
+    return {key: group.get(key) for key in ("fused", "foreach")}
+
+
+def _allows_fused(group: dict[str, Any]) -> bool:
     return not group.get("differentiable") and all(
         type(parameter) in _PLAIN_TENSORS
         and parameter.device.type in DEVICES
@@ -124,19 +142,15 @@ def _allows(group: dict[str, Any]) -> bool:
 
 def _steps_to_cpu(state: dict[Any, Any], keys: list[Any]) -> None:
     # one copy for all counters of a device, not one for each
-    moving = [key for key in keys if _on_device(state.get(key))]
     by_device: dict[torch.device, list[Any]] = {}
-    for key in moving:
-        by_device.setdefault(state[key]["step"].device, []).append(key)
+    for key in keys:
+        step = state.get(key, {}).get("step")
+        if isinstance(step, Tensor) and step.device.type != "cpu":
+            by_device.setdefault(step.device, []).append(key)
     for owners in by_device.values():
         steps = torch.stack([state[key]["step"] for key in owners]).cpu()
         for key, step in zip(owners, steps.unbind(), strict=True):
             state[key] = {**state[key], "step": step.clone()}
-
-
-def _on_device(entry: dict[str, Any] | None) -> bool:
-    step = entry.get("step") if entry else None
-    return isinstance(step, Tensor) and step.device.type != "cpu"
 
 
 def late_momentum(optimizer: Optimizer) -> bool:

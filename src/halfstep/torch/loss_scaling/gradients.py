@@ -8,17 +8,20 @@ training has already failed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from ...errors import LossScaleError
 
 Bucket = tuple[torch.device, torch.dtype]
+
+
+class Float16ParameterError(LossScaleError, ValueError):
+    """A float16 parameter under loss scaling. A ValueError too, as torch.amp raises."""
 
 
 def labelled(optimizer: Optimizer) -> Iterator[tuple[Tensor, str]]:
@@ -42,18 +45,19 @@ def refuse_float16(optimizer: Optimizer) -> None:
     """Raise if a parameter is float16: an update of it would round away most of what was scaled.
 
     Raises:
-        LossScaleError: with the parameter's group, position, name and shape.
+        Float16ParameterError: with the parameter's group, position, name and shape.
     """
     for parameter, label in labelled(optimizer):
         if parameter.dtype == torch.float16:
-            raise LossScaleError(_float16_message(label))
+            raise Float16ParameterError(_float16_message(label))
 
 
 def _float16_message(label: str) -> str:
     return (
-        f"{label}, is float16, and so would be its gradient after unscaling: small updates would "
-        "be lost, which is what loss scaling is there to prevent. Keep the variables in float32 "
-        'and compute in float16: apply_policy(model, "mixed_float16") instead of model.half().'
+        f"Attempting to unscale FP16 gradients. {label}, is float16, and so is its gradient after "
+        "unscaling: small updates are lost, which is what loss scaling is there to prevent. Keep "
+        "the variables in float32 and compute in float16: use "
+        'apply_policy(model, "mixed_float16") instead of model.half().'
     )
 
 
@@ -88,7 +92,7 @@ def gather(optimizer: Optimizer, allow_float16: bool = False) -> Gradients:
         allow_float16: whether parameters may be float16, since nothing is unscaled.
 
     Raises:
-        LossScaleError: a float16 parameter that is not allowed.
+        Float16ParameterError: a float16 parameter that is not allowed.
     """
     found = Gradients()
     for group in optimizer.param_groups:
@@ -97,7 +101,7 @@ def gather(optimizer: Optimizer, allow_float16: bool = False) -> Gradients:
             if grad is None:
                 continue
             if parameter.dtype == torch.float16 and not allow_float16:
-                raise LossScaleError(_float16_message(label_of(optimizer, parameter)))
+                raise Float16ParameterError(_float16_message(label_of(optimizer, parameter)))
             _add(found, parameter, grad)
     return found
 
@@ -196,6 +200,26 @@ def judge(grads: Gradients, scale: Tensor, max_norm: float | None, home: torch.d
     return Verdict(found, (scale / clip).to(torch.float32), norm)
 
 
+def refuse_foreign(optimizer: Optimizer, grads: Gradients) -> None:
+    """Raise if a gradient's dtype is not its parameter's and the optimizer would fail on that.
+
+    ``Tensor.grad_dtype`` allows it, and SGD's own kernels take it; the others raise when half of
+    the parameters are updated.
+
+    Raises:
+        LossScaleError: with the parameter's group, position, name and shape.
+    """
+    if grads.foreign is None or type(optimizer).step is SGD.step:
+        return
+    parameter = grads.foreign
+    grad = parameter.grad
+    raise LossScaleError(
+        f"{label_of(optimizer, parameter)}, has dtype {parameter.dtype} and a gradient of dtype "
+        f"{None if grad is None else grad.dtype}: {type(optimizer).__name__} needs the same for "
+        "both. Leave grad_dtype alone, or make the parameter float32."
+    )
+
+
 def blame(optimizer: Optimizer, most: int = 5) -> str:
     """Return the parameters whose gradients are not finite now, in words. It reads the host."""
     bad = []
@@ -210,36 +234,3 @@ def blame(optimizer: Optimizer, most: int = 5) -> str:
         return "none any more: the gradients have been cleared since"
     more = len(bad) - most
     return "; ".join(bad[:most]) + (f"; and {more} more" if more > 0 else "")
-
-
-def over_tensors(value: object, apply: Callable[[Tensor], Tensor]) -> object:
-    """Return ``value`` with ``apply`` done to every tensor in it.
-
-    Lists, tuples (named ones too) and dicts keep their type; other iterables become lists, since
-    a lazy one would do its work after the step, or never.
-
-    Raises:
-        LossScaleError: something in it that is neither a tensor nor an iterable of them.
-    """
-    if isinstance(value, Tensor):
-        return apply(value)
-    if isinstance(value, dict):
-        changed = {key: over_tensors(item, apply) for key, item in value.items()}
-        return changed if type(value) is dict else _like(value, changed)
-    if hasattr(value, "__iter__") and not isinstance(value, (str, bytes)):
-        items = [over_tensors(item, apply) for item in value]
-        if isinstance(value, tuple):
-            kind: Any = type(value)
-            return kind(*items) if hasattr(value, "_fields") else kind(items)
-        return type(value)(items) if isinstance(value, list) else items
-    raise LossScaleError(
-        f"Expected a tensor, or a list, tuple, dict or iterable of tensors, got {value!r}, "
-        f"a {type(value).__name__}."
-    )
-
-
-def _like(value: dict[object, object], changed: dict[object, object]) -> dict[object, object]:
-    # a copy keeps what a subclass knows besides its items: a default factory, an order
-    copied = value.copy()
-    copied.update(changed)
-    return copied

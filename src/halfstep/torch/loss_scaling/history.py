@@ -7,13 +7,13 @@ behind an event, and looked at once the event has passed: a few steps later, for
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...core.loss_scale import LossScaleState
+from ...core.loss_scale import LossScale, LossScaleState
 
 KEPT_EVENTS = 4096
 """The newest events that a history keeps: a run that skips for ever must not fill the memory."""
@@ -75,8 +75,8 @@ class _DeviceReader:
 class History:
     """The events of a run, and the newest state that has reached the host."""
 
-    def __init__(self, first: LossScaleState) -> None:
-        self.events: deque[ScaleEvent] = deque(maxlen=KEPT_EVENTS)
+    def __init__(self, first: LossScaleState, events: Iterable[ScaleEvent] = ()) -> None:
+        self.events: deque[ScaleEvent] = deque(events, maxlen=KEPT_EVENTS)
         self._last = first
         self._reader: _HostReader | _DeviceReader | None = None
         self._device: torch.device | None = None
@@ -106,3 +106,14 @@ class History:
             self._last = row
             rows.append(row)
         return rows
+
+
+def exhausted_message(rule: LossScale, row: LossScaleState, blamed: str) -> str:
+    """Return what `LossScaleExhausted` says: what is known, and what it means."""
+    floor = getattr(rule, "min_scale", rule.first_scale)
+    return (
+        f"The loss scale is {row.scale:g}, its floor is {floor:g}, and the gradients of the last "
+        f"{int(row.bad_steps)} steps in a row were not finite. A smaller scale cannot help: this "
+        "is not a scaling problem. Look at the data, the learning rate and the loss itself. "
+        f"Not finite last: {blamed}."
+    )

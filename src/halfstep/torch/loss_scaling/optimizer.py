@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -12,20 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import SGD, Optimizer
-from torch.optim import optimizer as torch_optimizer
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from ...core.loss_scale import (
-    DynamicLossScale,
-    LossScale,
-    LossScaleState,
-    as_loss_scale,
-)
+from ...core.loss_scale import DynamicLossScale, LossScale, as_loss_scale
 from ...errors import LossScaleError, LossScaleExhausted
 from ..registry import loss_scale_of
 from . import checkpoint
-from .closures import Closure, NotFinite, Snapshot, evaluates_once
-from .fusion import FusedSwitch, late_momentum
+from .closures import Closure, NotFinite, evaluates_once, step_or_restore
+from .fusion import FusedSwitch
 from .gradients import (
     Gradients,
     Verdict,
@@ -33,14 +27,15 @@ from .gradients import (
     divide_,
     gather,
     judge,
-    label_of,
-    labelled,
-    over_tensors,
     refuse_float16,
+    refuse_foreign,
 )
-from .history import History, ScaleEvent
+from .guards import Leftovers, refuse_more
+from .history import History, ScaleEvent, exhausted_message
+from .outputs import over_tensors, scaled, widened
+from .proxy import OptimizerProxy
 from .state import ScaleState
-from .stepping import step_on_device
+from .stepping import take_step
 
 
 class Stage(Enum):
@@ -51,7 +46,7 @@ class Stage(Enum):
     UNSCALED = "the gradients are unscaled"
 
 
-class LossScaleOptimizer(Optimizer):
+class LossScaleOptimizer(OptimizerProxy):
     r"""Wrap an optimizer, so that losses are scaled, and gradients unscaled, checked and clipped.
 
     ::
@@ -106,6 +101,11 @@ class LossScaleOptimizer(Optimizer):
     [ScaleEvent(step=2, scale=1024.0, skipped=True)]
     """
 
+    _stage: Stage
+    _found: Tensor | None  # of unscaled gradients: what unscaling saw
+    _last_found: Tensor | None
+    _last_norm: Tensor | None
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -114,7 +114,6 @@ class LossScaleOptimizer(Optimizer):
         max_norm: float | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        # Optimizer.__init__ is left out on purpose: it would make groups and state of its own
         _check_optimizer(optimizer)
         if max_norm is not None and not max_norm > 0:
             raise LossScaleError(f"LossScaleOptimizer(max_norm={max_norm!r}): it must be positive.")
@@ -124,63 +123,29 @@ class LossScaleOptimizer(Optimizer):
             rule = DynamicLossScale() if wanted is None else wanted
         else:
             rule = as_loss_scale(loss_scale)
-        self._set_up(optimizer, rule, max_norm, process_group)
+        fusion = FusedSwitch(optimizer)
+        self._set_up(optimizer, max_norm, process_group, fusion, checkpoint.fresh(rule))
         if rule.skips:
             refuse_float16(optimizer)
-            self._fusion.turn_on()
+            fusion.turn_on()
 
     def _set_up(
         self,
         optimizer: Optimizer,
-        rule: LossScale,
         max_norm: float | None,
         process_group: dist.ProcessGroup | None,
+        fusion: FusedSwitch,
+        saved: checkpoint.Saved,
     ) -> None:
-        self.inner_optimizer = optimizer
+        self._stand_before(optimizer)
         self.max_norm = max_norm
         self.process_group = process_group
-        self._fusion = FusedSwitch(optimizer)
-        self._stage = Stage.IDLE
-        self._found: Tensor | None = None
-        self._last_found: Tensor | None = None
-        self._last_norm: Tensor | None = None
-        self._guards: list[torch.utils.hooks.RemovableHandle] = []
-        self._leftover: dict[int, int] = {}
-        self._steps = 0
-        self._use_rule(rule)
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-
-    def _use_rule(self, rule: LossScale) -> None:
-        self._state = ScaleState(rule)
-        self._history = History(self._state.read())
+        self._fusion = fusion
+        self._guards: list[RemovableHandle] = []
+        self._leftovers = Leftovers()
+        self._continue_from(saved)
 
     # ------------------------------------------------------------------ the inner optimizer
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The inner optimizer's groups, the very objects."""
-        return self.inner_optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The inner optimizer's state, the very object."""
-        return self.inner_optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The inner optimizer's defaults, the very object."""
-        return self.inner_optimizer.defaults
-
-    def __getattr__(self, name: str) -> Any:
-        # what optimizers from elsewhere add to the protocol, such as schedule-free's train()
-        if name.startswith("_") or name == "inner_optimizer":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.inner_optimizer, name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters to the inner optimizer.
@@ -257,23 +222,21 @@ class LossScaleOptimizer(Optimizer):
         """
         if not self.loss_scale.skips:
             return loss
-        scaled = over_tensors(loss, self._scaled)
+        outputs = over_tensors(loss, self._scaled)
         self._stage = Stage.SCALED if self._stage is Stage.IDLE else self._stage
-        return scaled
+        return outputs
 
     def _scaled(self, loss: Tensor) -> Tensor:
-        if not (loss.is_floating_point() or loss.is_complex()):
-            raise LossScaleError(f"A loss of dtype {loss.dtype} cannot be scaled: it has no grad.")
         if not loss.requires_grad:
             raise LossScaleError(
-                f"A loss of shape {tuple(loss.shape)} does not require grad: it was computed under "
-                "no_grad, detached, or from parameters that are frozen."
+                f"A loss of shape {tuple(loss.shape)}, {loss.dtype}, does not require grad: it was "
+                "computed under no_grad, detached, or from parameters that are frozen."
             )
-        wide = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
-        scaled = wide * self._state.on(self._home())[0].to(loss.device, non_blocking=True)
-        if self._leftover:
-            scaled.register_hook(self._refuse_leftover)  # type: ignore[no-untyped-call]
-        return scaled
+        output = scaled(loss, self._scale_now())
+        if self._leftovers:
+            check: Any = self._leftovers.check(self.inner_optimizer)
+            output.register_hook(check)  # type: ignore[no-untyped-call]
+        return output
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Scale the loss and run ``backward(**kwargs)`` on it.
@@ -301,12 +264,12 @@ class LossScaleOptimizer(Optimizer):
         divide_(grads, verdict.divisor)
         self._found = verdict.found
         self._stage = Stage.UNSCALED
-        self._guard()
+        self._guards = refuse_more(self.inner_optimizer)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the inner optimizer does."""
         self.inner_optimizer.zero_grad(set_to_none)
-        self._leftover = {}
+        self._leftovers.forget()
         self._unguard()
         if self._stage is Stage.UNSCALED:
             self._stage = Stage.IDLE
@@ -343,15 +306,13 @@ class LossScaleOptimizer(Optimizer):
     def _step(self, closure: Closure | None) -> None:
         if self._watched():
             self.unscale_()
-        for hook in self._optimizer_step_pre_hooks.values():
-            hook(self, (closure,), {})
-        if not self.loss_scale.skips:
+        self._before_step(closure)
+        if self.loss_scale.skips:
+            self._decide_and_step()
+        else:
             self._clip_only()
             self.inner_optimizer.step()
-        else:
-            self._decide_and_step()
-        for hook in self._optimizer_step_post_hooks.values():
-            hook(self, (closure,), {})
+        self._after_step(closure)
 
     def _decide_and_step(self) -> None:
         grads = self._gather()
@@ -359,21 +320,20 @@ class LossScaleOptimizer(Optimizer):
             self._last_found = None
             self._end()
             return
+        self._fusion.follow(grads.sparse)
         verdict = self._verdict(grads)
         found, taken = self._agree(verdict.found, bool(grads))
-        if self._skips_on_device(grads):
-            step_on_device(self.inner_optimizer, found, verdict.divisor)
-        else:
-            self._step_by_flag(grads, found, verdict.divisor)
-        self._record(found, verdict.norm, taken)
+        take_step(self.inner_optimizer, grads, found, verdict.divisor)
+        self._last_norm = verdict.norm if self.max_norm is not None else None
+        self._record(found, taken)
 
     def _verdict(self, grads: Gradients) -> Verdict:
         """Judge the gradients as they are: still scaled, or unscaled and perhaps changed since."""
-        if self._stage is not Stage.UNSCALED or self._found is None:
+        if self._found is None:
             return judge(grads, self._scale_now(), self.max_norm, self._home())
         if self.max_norm is None:
             return Verdict(self._found, None, None)
-        verdict = judge(grads, torch.ones((), device=self._home()), self.max_norm, self._home())
+        verdict = judge(grads, self._one(), self.max_norm, self._home())
         return Verdict(torch.maximum(verdict.found, self._found), verdict.divisor, verdict.norm)
 
     def _agree(self, found: Tensor, present: bool) -> tuple[Tensor, Tensor | None]:
@@ -384,47 +344,22 @@ class LossScaleOptimizer(Optimizer):
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.process_group)
         return flags[0], flags[1] > 0
 
-    def _skips_on_device(self, grads: Gradients) -> bool:
-        optimizer = self.inner_optimizer
-        if not self._fusion.known:
-            return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-        if self._fusion.on and grads.sparse:
-            self._fusion.turn_off()
-        if not self._fusion.on or grads.foreign is not None:
-            return False
-        return type(optimizer).step is not SGD.step or not late_momentum(optimizer)
-
-    def _step_by_flag(self, grads: Gradients, found: Tensor, divisor: Tensor | None) -> None:
-        if divisor is not None:
-            divide_(grads, divisor)
-        if found.item():  # the one host read of this route
-            return
-        if self._fusion.on:
-            with self._fusion.paused():
-                self.inner_optimizer.step()
-        else:
-            self.inner_optimizer.step()
-
-    def _record(self, found: Tensor, norm: Tensor | None, taken: Tensor | None) -> None:
+    def _record(self, found: Tensor, taken: Tensor | None) -> None:
         self._steps += 1
         self._last_found = found
-        self._last_norm = norm if self.max_norm is not None else None
         packed = self._state.advance(found, taken)
         self._end()
         for row in self._history.record(self._steps, packed):
             if self.loss_scale.exhausted(row):
-                raise LossScaleExhausted(self._exhausted_message(row))
+                raise LossScaleExhausted(
+                    exhausted_message(self.loss_scale, row, blame(self.inner_optimizer))
+                )
 
     def _end(self) -> None:
         self._found = None
         self._stage = Stage.IDLE
         self._unguard()
-        self._leftover = {
-            id(p.grad): p.grad._version
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        }
+        self._leftovers.note(self.inner_optimizer)
 
     def _clip_only(self) -> None:
         """Clip without a scale; what is not finite stays so, as with ``clip_grad_norm_``."""
@@ -432,10 +367,11 @@ class LossScaleOptimizer(Optimizer):
             return
         grads = gather(self.inner_optimizer, allow_float16=True)
         if grads:
-            home = self._home()
-            verdict = judge(grads, torch.ones((), device=home), self.max_norm, home)
+            verdict = judge(grads, self._one(), self.max_norm, self._home())
             divide_(grads, verdict.divisor)
             self._last_norm = verdict.norm
+
+    # ------------------------------------------------------------------ closures
 
     def _step_evaluating(self, closure: Closure) -> Any:
         """Let the inner optimizer evaluate the closure as often as it wants."""
@@ -444,42 +380,42 @@ class LossScaleOptimizer(Optimizer):
                 f"{type(self.inner_optimizer).__name__} evaluates its closure itself, so hooks "
                 "on the step cannot see its gradients. Register them on inner_optimizer."
             )
-        if not self.loss_scale.skips:
-            return self.inner_optimizer.step(self._evaluation(closure, []))
-        before = Snapshot.of(self.inner_optimizer)
-        found: list[Tensor] = []
+        flags: list[Tensor] = []
         result = None
-        try:
-            result = self.inner_optimizer.step(self._evaluation(closure, found))
-        except NotFinite:
-            before.restore(self.inner_optimizer)
-        if found:
-            self._record(found[-1], self._last_norm, None)
+        # gradients that were there before belong to the step too (sharpness-aware ones use them)
+        if self._stage is Stage.IDLE or self._ready(flags):
+            result = step_or_restore(self.inner_optimizer, self._evaluation(closure, flags))
+        if flags:
+            self._record(flags[-1], None)
         return result
 
-    def _evaluation(self, closure: Closure, found: list[Tensor]) -> Closure:
+    def _evaluation(self, closure: Closure, flags: list[Tensor]) -> Closure:
         def evaluate() -> Any:
             self._unguard()
-            self._leftover = {}
+            self._leftovers.forget()
+            self._found = None
             self._stage = Stage.IDLE
             with torch.enable_grad():
                 loss = closure()
             if not self.loss_scale.skips:
                 self._clip_only()
-                return loss
-            grads = self._gather()
-            if not grads:
-                return loss
-            verdict = self._verdict(grads)
-            flag, _ = self._agree(verdict.found, True)
-            divide_(grads, verdict.divisor)
-            self._last_norm = verdict.norm
-            found.append(flag)
-            if flag.item():
+            elif not self._ready(flags):
                 raise NotFinite
             return loss
 
         return evaluate
+
+    def _ready(self, flags: list[Tensor]) -> bool:
+        """Unscale and clip the gradients in place; say, by one host read, if they are finite."""
+        grads = self._gather()
+        if not grads:
+            return True
+        verdict = self._verdict(grads)
+        found, _ = self._agree(verdict.found, True)
+        divide_(grads, verdict.divisor)
+        self._last_norm = verdict.norm if self.max_norm is not None else None
+        flags.append(found)
+        return not found.item()
 
     # ------------------------------------------------------------------ the Keras words
 
@@ -500,7 +436,10 @@ class LossScaleOptimizer(Optimizer):
         if not self.loss_scale.skips:
             return list(grads)
         scale = self._scale_now()
-        return [None if grad is None else _divided(grad, scale) for grad in grads]
+        return [
+            None if grad is None else widened(grad) / scale.to(grad.device, non_blocking=True)
+            for grad in grads
+        ]
 
     def apply_gradients(self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]]) -> None:
         """Step with these *unscaled* gradients: check them, clip them, skip if one is not finite.
@@ -527,12 +466,10 @@ class LossScaleOptimizer(Optimizer):
         with self._gradients_lent(list(grads_and_params)), torch.no_grad():
             self._unguard()
             if self.loss_scale.skips:
-                grads = self._gather(scaled=False)
-                home = self._home()
-                if grads:
-                    self._found = judge(grads, torch.ones((), device=home), None, home).found
                 self._stage = Stage.UNSCALED
+                self._found = judge(self._gather(), self._one(), None, self._home()).found
             self._step(None)
+            self._leftovers.forget()  # what was lent goes back
 
     @contextmanager
     def _gradients_lent(self, pairs: list[tuple[Tensor | None, Tensor]]) -> Iterator[None]:
@@ -567,11 +504,8 @@ class LossScaleOptimizer(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        saved = checkpoint.Saved(
-            self.loss_scale, self._state.read(), self._steps, self.scale_history
-        )
         state_dict = self._fusion.honest(self.inner_optimizer.state_dict())
-        state_dict[checkpoint.KEY] = checkpoint.to_plain(saved)
+        state_dict[checkpoint.KEY] = checkpoint.to_plain(self._saved())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -597,7 +531,7 @@ class LossScaleOptimizer(Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else dict(changed)
         entry = state_dict.pop(checkpoint.KEY, None)
-        saved = self._fresh() if entry is None else checkpoint.from_plain(entry)
+        saved = checkpoint.fresh(self.loss_scale) if entry is None else checkpoint.from_plain(entry)
         self._load_inner(state_dict)
         if entry is None:
             warnings.warn(
@@ -610,14 +544,14 @@ class LossScaleOptimizer(Optimizer):
                 f"The saved loss scale was {saved.rule}; this optimizer keeps {self.loss_scale}.",
                 stacklevel=2,
             )
-            saved = self._fresh()
+            saved = checkpoint.fresh(self.loss_scale)
         self._continue_from(saved)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _fresh(self) -> checkpoint.Saved:
-        rule = self.loss_scale
-        return checkpoint.Saved(rule, rule.init(float), 0, [])
+    def _saved(self) -> checkpoint.Saved:
+        state = self._state.read()
+        return checkpoint.Saved(self.loss_scale, state, self._steps, self.scale_history)
 
     def _load_inner(self, state_dict: dict[str, Any]) -> None:
         inner = self.inner_optimizer
@@ -633,14 +567,12 @@ class LossScaleOptimizer(Optimizer):
             self._fusion.turn_on()
 
     def _continue_from(self, saved: checkpoint.Saved) -> None:
-        self._use_rule(saved.rule)
-        self._state.write(saved.state)
-        self._history = History(saved.state)
-        self._history.events.extend(saved.history)
+        self._state = ScaleState(saved.rule, saved.state)
+        self._history = History(saved.state, saved.history)
         self._steps = saved.steps
         self._stage = Stage.IDLE
         self._found = self._last_found = self._last_norm = None
-        self._leftover = {}
+        self._leftovers.forget()
         self._unguard()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -649,22 +581,19 @@ class LossScaleOptimizer(Optimizer):
                 "A LossScaleOptimizer with a process_group cannot be pickled or copied: the group "
                 "belongs to this process. Save its state_dict() instead."
             )
-        saved = checkpoint.Saved(
-            self.loss_scale, self._state.read(), self._steps, self.scale_history
-        )
         return {
             "inner_optimizer": self.inner_optimizer,
             "max_norm": self.max_norm,
-            "saved": saved,
-            "fusion_before": self._fusion.before,
+            "saved": self._saved(),
+            "fused_before": self._fusion.before,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        saved: checkpoint.Saved = state["saved"]
-        self._set_up(state["inner_optimizer"], saved.rule, state["max_norm"], None)
-        self._continue_from(saved)
+        inner, saved = state["inner_optimizer"], state["saved"]
+        fusion = FusedSwitch(inner, state["fused_before"])
+        self._set_up(inner, state["max_norm"], None, fusion, saved)
         if saved.rule.skips:
-            self._fusion.turn_on(state["fusion_before"])
+            fusion.turn_on()
 
     # ------------------------------------------------------------------ small parts
 
@@ -679,23 +608,20 @@ class LossScaleOptimizer(Optimizer):
     def _scale_now(self) -> Tensor:
         return self._state.on(self._home())[0]
 
-    def _gather(self, scaled: bool = True) -> Gradients:
+    def _one(self) -> Tensor:
+        return torch.ones((), device=self._home())
+
+    def _gather(self) -> Gradients:
         """Return the gradients, or raise before anything is touched."""
         optimizer = self.inner_optimizer
         grads = gather(optimizer)
-        if grads and scaled and self._stage is Stage.IDLE:
+        if grads and self._stage is Stage.IDLE:
             raise LossScaleError(
                 "There are gradients, but no loss was scaled since the last step: they would be "
                 "divided by a scale that they never had. Use optimizer.backward(loss), or "
                 "optimizer.scale(loss).backward()."
             )
-        if grads.foreign is not None and type(optimizer).step is not SGD.step:
-            parameter = grads.foreign
-            raise LossScaleError(
-                f"{label_of(optimizer, parameter)}, has dtype {parameter.dtype} and a gradient of "
-                f"dtype {parameter.grad_dtype}: {type(optimizer).__name__} needs the same for "
-                "both. Leave grad_dtype alone, or make the parameter float32."
-            )
+        refuse_foreign(optimizer, grads)
         if grads.sharded and self.process_group is None:
             raise LossScaleError(
                 "The gradients are DTensors, sharded over ranks: pass process_group= so that all "
@@ -703,56 +629,10 @@ class LossScaleOptimizer(Optimizer):
             )
         return grads
 
-    def _watched(self) -> bool:
-        """Whether hooks will look at the gradients before the step."""
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self.inner_optimizer._optimizer_step_pre_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-        )
-
-    def _guard(self) -> None:
-        inner = self.inner_optimizer
-
-        def refuse(parameter: Tensor) -> None:
-            raise LossScaleError(
-                f"backward() added a gradient to {label_of(inner, parameter)}, after unscale_(): "
-                "the two have different scales. Run all backward passes before unscale_(), or "
-                "call step() or zero_grad() in between."
-            )
-
-        self._guards = [
-            parameter.register_post_accumulate_grad_hook(refuse)
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad and parameter.is_leaf
-        ]
-
     def _unguard(self) -> None:
         for guard in self._guards:
             guard.remove()
         self._guards = []
-
-    def _refuse_leftover(self, _: Tensor) -> None:
-        """Raise, as backward begins, if gradients of the last step are still there."""
-        for parameter, label in labelled(self.inner_optimizer):
-            grad = parameter.grad
-            if grad is not None and self._leftover.get(id(grad)) == grad._version:
-                raise LossScaleError(
-                    f"{label}, still has the gradient of the last step, which is unscaled: this "
-                    "backward would add a scaled one to it. Call zero_grad() before."
-                )
-        self._leftover = {}
-
-    def _exhausted_message(self, row: LossScaleState) -> str:
-        rule = self.loss_scale
-        floor = getattr(rule, "min_scale", rule.first_scale)
-        return (
-            f"The loss scale is {row.scale:g}, its floor is {floor:g}, and the gradients of the "
-            f"last {int(row.bad_steps)} steps in a row were not finite. A smaller scale cannot "
-            "help: this is not a scaling problem. Look at the data, the learning rate and the "
-            f"loss itself. Not finite last: {blame(self.inner_optimizer)}."
-        )
 
 
 def _check_optimizer(optimizer: object) -> None:
@@ -765,8 +645,3 @@ def _check_optimizer(optimizer: object) -> None:
         raise LossScaleError(
             f"LossScaleOptimizer takes a torch.optim.Optimizer, got a {type(optimizer).__name__}."
         )
-
-
-def _divided(grad: Tensor, scale: Tensor) -> Tensor:
-    wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
-    return wide / scale.to(grad.device, non_blocking=True)

@@ -7,9 +7,6 @@ from torch import Tensor
 
 from ...core.loss_scale import LossScale, LossScaleState
 
-# what a row of the packed tensor holds, in this order
-FIELDS = LossScaleState._fields
-
 
 class ScaleState:
     """The four numbers of a `LossScaleState`, packed into one float32 tensor of shape (4,).
@@ -18,9 +15,9 @@ class ScaleState:
     where the parameters are by then: a model may be built on the meta device and moved later.
     """
 
-    def __init__(self, rule: LossScale) -> None:
+    def __init__(self, rule: LossScale, values: LossScaleState) -> None:
         self.rule = rule
-        self._values = LossScaleState(*(float(value) for value in rule.init(float)))
+        self._values = values
         self._packed: Tensor | None = None
 
     def on(self, device: torch.device) -> Tensor:
@@ -54,8 +51,3 @@ class ScaleState:
         if self._packed is not None:
             return LossScaleState(*self._packed.tolist())
         return self._values
-
-    def write(self, values: LossScaleState) -> None:
-        """Replace the state."""
-        self._values = LossScaleState(*(float(value) for value in values))
-        self._packed = None

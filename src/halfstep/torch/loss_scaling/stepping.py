@@ -1,35 +1,107 @@
-"""The protocol of torch's fused optimizers: a scale and a skip flag as attributes."""
+"""Three ways to step an optimizer, or not, once the gradients have been judged."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
+
+from ...errors import LossScaleError
+from .fusion import has_fused_kernels, is_fused, late_momentum, unfused
+from .gradients import Gradients, divide_
 
 
-def step_on_device(
+def take_step(
     optimizer: Optimizer,
+    grads: Gradients,
     found: Tensor,
     divisor: Tensor | None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Step an optimizer that unscales and skips on the device.
+    """Divide the gradients and step, or leave parameters and state as they are.
+
+    On the device where the optimizer's kernels can skip there; by one flag read on the host for
+    every other optimizer; and inside ``torch.compile``, where nothing can be read, by undoing.
 
     Args:
-        optimizer: one whose kernels read ``grad_scale`` and ``found_inf``.
+        optimizer: whose turn it is.
+        grads: what it will step with.
         found: 1.0 to skip, 0.0 to step.
-        divisor: what the kernel divides the gradients by, or None.
+        divisor: what the gradients are to be divided by, or None.
         args: for ``optimizer.step``.
         kwargs: for ``optimizer.step``.
+
+    Returns:
+        What ``optimizer.step`` returned; None if it was not called.
     """
+    if skips_on_device(optimizer, grads):
+        return _on_device(optimizer, found, divisor, *args, **kwargs)
+    divide_(grads, divisor)
+    if torch.compiler.is_compiling():
+        return _undone(optimizer, found, *args, **kwargs)
+    if found.item():  # the one host read of this way
+        return None
+    if is_fused(optimizer):
+        with unfused(optimizer):
+            return optimizer.step(*args, **kwargs)
+    return optimizer.step(*args, **kwargs)
+
+
+def skips_on_device(optimizer: Optimizer, grads: Gradients) -> bool:
+    """Whether this step can be left out without a host read.
+
+    For torch's own optimizers it depends on their groups and on these gradients. One from
+    elsewhere says so by ``_step_supports_amp_scaling``, unless it wants the scaler itself as an
+    argument, as the contract was before torch 2.0.
+    """
+    if not has_fused_kernels(optimizer):
+        return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and (
+            "grad_scaler" not in inspect.signature(optimizer.step).parameters
+        )
+    if not is_fused(optimizer) or grads.sparse or grads.foreign is not None:
+        return False
+    return type(optimizer).step is not SGD.step or not late_momentum(optimizer)
+
+
+def _on_device(
+    optimizer: Optimizer, found: Tensor, divisor: Tensor | None, *args: Any, **kwargs: Any
+) -> Any:
     own = getattr(optimizer, "grad_scale", None)  # a user's own factor, as torch.amp takes it
     if own is not None and divisor is not None:
         divisor = divisor * own
     slots: Any = optimizer
-    slots.grad_scale, slots.found_inf = own if divisor is None else divisor, found
+    slots.grad_scale = own if divisor is None else divisor
+    slots.found_inf = found
     try:
         return optimizer.step(*args, **kwargs)
     finally:
-        del slots.grad_scale, slots.found_inf
+        del slots.grad_scale
+        del slots.found_inf
+
+
+def _undone(optimizer: Optimizer, found: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Step, and choose between what was and what is, on the device."""
+    before = [(tensor, tensor.detach().clone()) for tensor in _changed_by(optimizer)]
+    result = optimizer.step(*args, **kwargs)
+    if len(_changed_by(optimizer)) != len(before):
+        raise LossScaleError(
+            f"{type(optimizer).__name__} made its state inside torch.compile, where a skipped step "
+            "cannot take it back. Run one step outside first."
+        )
+    with torch.no_grad():
+        for tensor, value in before:
+            tensor.copy_(torch.where(found.to(tensor.device) > 0, value, tensor))
+    return result
+
+
+def _changed_by(optimizer: Optimizer) -> list[Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [optimizer.state[p] for p in parameters if p in optimizer.state]
+    return [
+        *parameters,
+        *(value for state in states for value in state.values() if isinstance(value, Tensor)),
+    ]

@@ -1,0 +1,82 @@
+"""Guards against gradients of two scales in one sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ...errors import LossScaleError
+from .gradients import label_of, labelled
+
+
+def _trainable(optimizer: Optimizer) -> list[Tensor]:
+    return [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad and parameter.is_leaf
+    ]
+
+
+def refuse_more(optimizer: Optimizer) -> list[RemovableHandle]:
+    """Make any ``backward`` raise that adds to these gradients; they are unscaled now.
+
+    The hooks exist from unscaling to the step, so that an ordinary step pays nothing for them.
+
+    Returns:
+        The hooks; remove them with the step.
+    """
+
+    def refuse(parameter: Tensor) -> None:
+        raise LossScaleError(
+            f"backward() added a gradient to {label_of(optimizer, parameter)}, after unscale_(): "
+            "the two have different scales. Run all backward passes before unscale_(), and after "
+            "it a step() (with torch.amp's protocol update() too) or a zero_grad()."
+        )
+
+    return [p.register_post_accumulate_grad_hook(refuse) for p in _trainable(optimizer)]
+
+
+class Leftovers:
+    """Knows the gradients that the last step left, so that none is added to.
+
+    A gradient left over is unscaled; the next backward would add a scaled one to it. Telling it
+    from one that was cleared needs no value: a cleared gradient is gone, or its version is higher.
+    """
+
+    def __init__(self) -> None:
+        self._versions: dict[int, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._versions)
+
+    def note(self, optimizer: Optimizer) -> None:
+        """Remember the gradients that are there now."""
+        self._versions = {
+            id(parameter.grad): parameter.grad._version
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        }
+
+    def forget(self) -> None:
+        """The gradients have been cleared."""
+        self._versions = {}
+
+    def check(self, optimizer: Optimizer) -> Callable[[Tensor], None]:
+        """Return a hook for a scaled loss: it raises as backward begins, if one is still there."""
+
+        def refuse(_: Tensor) -> None:
+            for parameter, label in labelled(optimizer):
+                grad = parameter.grad
+                if grad is not None and self._versions.get(id(grad)) == grad._version:
+                    raise LossScaleError(
+                        f"{label}, still has the gradient of the last step, which is unscaled: "
+                        "this backward would add a scaled one to it. Call zero_grad() before."
+                    )
+            self._versions = {}
+
+        return refuse
