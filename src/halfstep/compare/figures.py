@@ -45,16 +45,16 @@ def rows(recipe: RecipeResult) -> list[Row]:
 
 
 def number(value: float | None) -> str:
-    """Return a number with four figures.
+    """Return a number with four figures, also where the last of them are 0.
 
-    >>> number(0.98444), number(None)
-    ('0.9844', '–')
+    >>> number(0.98444), number(0.8), number(1234.0), number(None)
+    ('0.9844', '0.8000', '1234', '–')
     """
-    return NOTHING if value is None else f"{value:.4g}"
+    return NOTHING if value is None else f"{value:#.4g}".rstrip(".")
 
 
 def _milliseconds(seconds: Spread | None) -> str:
-    return NOTHING if seconds is None else f"{seconds['median'] * 1000:.3g}"
+    return NOTHING if seconds is None else f"{seconds['median'] * 1000:#.3g}".rstrip(".")
 
 
 def _ratio(ratio: Spread | None) -> str:

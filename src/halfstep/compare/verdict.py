@@ -58,16 +58,16 @@ def judge_metric(
     """
     share = examples is not None and examples > 0 and base is not None and 0 <= base <= 1
     if base is None:
-        return Judgement(None, "the baseline has no final metric to compare with")
+        return Judgement(None, "not known, the baseline has no final value")
     if share and examples is not None:
         margin = max(math.sqrt(base * (1 - base) / examples), 1 / examples)
         rule = (
-            f"same: within one binomial standard error of the {examples:.0f} test examples, "
-            f"±{margin:.2%}"
+            f"within one binomial standard error of the baseline's on {examples:.0f} test "
+            f"examples, ±{margin:.4f}"
         )
     else:
         margin = abs(base) * same_within
-        rule = f"same: within {same_within:.3g} of the baseline's, relatively"
+        rule = f"within {same_within:.3g} times the baseline's, ±{margin:.4g}"
     if other is None:
         return Judgement(None, rule)
     difference = other - base

@@ -1,0 +1,143 @@
+"""From a summary to the page: Jinja2 fills the template, Plotly's JavaScript is put in once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import jinja2
+from markupsafe import Markup
+
+from ..compare.figures import bytes_in_words, rows
+from ..compare.summary import FORMAT, VERSION, RecipeResult, Summary, summarise
+from ..core.record import read_record
+from ..errors import RecordError
+from .plots import plots, styles
+
+
+def load(path: str | os.PathLike[str]) -> Summary:
+    """Read a summary, or the record of a comparison, which may have been killed half-way.
+
+    Args:
+        path: what ``halfstep compare`` wrote with ``--json``, or its record (``.jsonl``).
+
+    Raises:
+        RecordError: neither of the two.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        return summarise(read_record(path))
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path}: cannot read this summary: {error}.") from None
+    _check(summary, str(path))
+    return cast(Summary, summary)
+
+
+def _check(summary: Any, where: str) -> None:
+    if not isinstance(summary, Mapping) or summary.get("format") != FORMAT:
+        raise RecordError(f"{where}: not a {FORMAT} summary.")
+    version = summary.get("version")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise RecordError(
+            f"{where}: version {version!r} of the summary; this halfstep reads 1 to {VERSION}."
+        )
+
+
+def render(summary: Summary) -> str:
+    """Return the page of a summary: one HTML file that loads nothing from anywhere.
+
+    Args:
+        summary: what :func:`halfstep.compare.compare` or :func:`load` returned.
+
+    Raises:
+        RecordError: a dict that is no summary, or of a newer version.
+    """
+    _check(summary, "report.render")
+    sections = [_section(recipe, place) for place, recipe in enumerate(summary["recipes"])]
+    every = [plot for section in sections for plot in section["plots"]]
+    return _environment().get_template("template.html.j2").render(
+        summary=summary,
+        sections=sections,
+        styles=styles(list(summary["policies"])),
+        machine=_machine(summary["machine"]),
+        plots_json=_in_script(every),
+        plotly_js=Markup(_plotly_js()),
+    )  # fmt: skip
+
+
+def _section(recipe: RecipeResult, place: int) -> dict[str, Any]:
+    methods = dict.fromkeys(
+        policy["memory"]["method"] for policy in recipe["policies"].values() if policy["memory"]
+    )
+    notes = [
+        f"{label}: {note}"
+        for label, policy in recipe["policies"].items()
+        for note in (
+            *policy["notes"],
+            *([f"memory not measured: {policy['memory_error']}"] if policy["memory_error"] else []),
+        )
+    ]
+    return {
+        "recipe": recipe,
+        "rows": rows(recipe),
+        "plots": plots(recipe, f"plot-{place}"),
+        "memory_method": ", ".join(methods),
+        "notes": notes,
+        "noise": any(
+            policy["memory"] is not None and policy["memory"]["within_noise"]
+            for label, policy in recipe["policies"].items()
+            if label != recipe["baseline"]
+        ),
+    }
+
+
+def _machine(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
+    fast = {True: "yes", False: "no"}
+    facts = [
+        ("Device", f"{machine['device_name']} ({machine['device']})"),
+        *(
+            (f"Fast {dtype} matrix units", fast[is_fast])
+            for dtype, is_fast in machine["fast"].items()
+        ),
+    ]
+    for each in machine["devices"]:
+        parts = [each["name"], *each["features"]]
+        if each["memory"]:
+            parts.append(bytes_in_words(each["memory"]))
+        facts.append((each["kind"].upper(), ", ".join(parts)))
+    if machine["threads"]:
+        facts.append(("Threads", str(machine["threads"])))
+    facts.append(("System", machine["system"]))
+    facts += [(name, version) for name, version in machine["versions"].items()]
+    return facts
+
+
+def _in_script(value: Any) -> Markup:
+    """JSON that cannot end the script element that it stands in, whatever the strings hold."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+@cache
+def _plotly_js() -> str:
+    return (
+        resources.files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8")
+    )
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
