@@ -17,11 +17,14 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
 from ..errors import LossScaleError, nearest
+
+_MOST_STEPS = 2**24  # where a float32 counter stops counting
 
 Scalar: TypeAlias = Any
 """A number, or a 0-dim array of NumPy, torch or JAX."""
@@ -98,6 +101,24 @@ def _select(finite: Scalar, if_finite: Scalar, otherwise: Scalar) -> Scalar:
     return sys.modules[where].where(finite, if_finite, otherwise)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _float32(owner: str, name: str, value: Any) -> float:
+    """The value as the state will hold it, so that a floor or a ceiling is met exactly."""
+    if not _is_number(value):
+        raise LossScaleError(f"{owner}({name}={value!r}): it must be a number.")
+    # what is past the limits of every field stays past them, without an overflow
+    return float(np.float32(value)) if abs(value) <= 2.0**127 else math.inf
+
+
+def _whole(owner: str, name: str, value: Any) -> int:
+    if _is_number(value) and 1 <= value <= _MOST_STEPS and value == int(value):
+        return int(value)
+    raise LossScaleError(f"{owner}({name}={value!r}): it must be a whole number, from 1 to 2**24.")
+
+
 @dataclass(frozen=True)
 class DynamicLossScale(LossScale):
     """Look for the largest scale that keeps the gradients finite, step by step.
@@ -118,7 +139,7 @@ class DynamicLossScale(LossScale):
 
     Args:
         initial_scale: the scale of the first step.
-        growth_interval: finite steps after which a larger scale is tried, at least 1.
+        growth_interval: finite steps after which a larger scale is tried, from 1 to 2**24.
         growth_factor: above 1.
         backoff_factor: above 0 and below 1.
         hysteresis: the first ``hysteresis - 1`` bad steps in a row leave the scale alone; a lone
@@ -154,19 +175,17 @@ class DynamicLossScale(LossScale):
     kind: ClassVar[str] = "dynamic"
 
     def __post_init__(self) -> None:
-        whole = ("growth_interval", "hysteresis", "patience")
-        for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise LossScaleError(f"DynamicLossScale({name}={value!r}): it must be a number.")
-            if name in whole and (value != int(value) or value < 1):
-                raise LossScaleError(
-                    f"DynamicLossScale({name}={value!r}): it must be a whole number, at least 1."
-                )
-            # float32, so that a floor or a ceiling is exactly what the state can hold
-            rounded = int(value) if name in whole else float(np.float32(value))
-            object.__setattr__(self, name, rounded)
+        given = asdict(self)
+        for name, value in given.items():
+            whole = name in ("growth_interval", "hysteresis", "patience")
+            read = _whole if whole else _float32
+            object.__setattr__(self, name, read("DynamicLossScale", name, value))
         limits = {
-            "growth_factor": (1 < self.growth_factor < math.inf, "a finite number above 1"),
+            # past it the product of a step could overflow before the ceiling cuts it
+            "growth_factor": (
+                1 < self.growth_factor <= 2.0**127 / self.max_scale,
+                "above 1, and times max_scale at most 2**127",
+            ),
             "backoff_factor": (0 < self.backoff_factor < 1, "above 0 and below 1"),
             "min_scale": (self.min_scale >= 2.0**-126, "at least 2**-126, a normal float32"),
             "max_scale": (
@@ -178,10 +197,11 @@ class DynamicLossScale(LossScale):
                 f"from min_scale={self.min_scale} to max_scale={self.max_scale}",
             ),
         }
-        for name, (kept, allowed) in limits.items():
+        for name in ("min_scale", "max_scale", "initial_scale", "growth_factor", "backoff_factor"):
+            kept, allowed = limits[name]
             if not kept:
                 raise LossScaleError(
-                    f"DynamicLossScale({name}={getattr(self, name)}): it must be {allowed}."
+                    f"DynamicLossScale({name}={given[name]!r}): it must be {allowed}."
                 )
 
     @property
@@ -232,15 +252,13 @@ class FixedLossScale(LossScale):
     kind: ClassVar[str] = "fixed"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
-        if not number or not 2.0**-126 <= self.value <= 2.0**126:
+        if not _is_number(self.value) or not 2.0**-126 <= self.value <= 2.0**126:
             raise LossScaleError(
                 f"FixedLossScale({self.value!r}): it must be a positive number, "
                 "from 2**-126 to 2**126."
             )
-        if self.patience < 1:
-            raise LossScaleError(f"FixedLossScale(patience={self.patience}): at least 1.")
-        object.__setattr__(self, "value", float(np.float32(self.value)))
+        object.__setattr__(self, "value", _float32("FixedLossScale", "value", self.value))
+        object.__setattr__(self, "patience", _whole("FixedLossScale", "patience", self.patience))
 
     @property
     def first_scale(self) -> float:
@@ -333,10 +351,10 @@ def as_loss_scale(value: LossScale | float | str | None) -> LossScale:
         return value
     if value is None:
         return NoLossScale()
-    if value == "dynamic":
+    if isinstance(value, str) and value == "dynamic":
         return DynamicLossScale()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return FixedLossScale(value)
+    if _is_number(value):
+        return FixedLossScale(float(value))
     raise LossScaleError(
         f"loss_scale={value!r}: it must be 'dynamic', a positive number, None, "
         "or a DynamicLossScale, FixedLossScale or NoLossScale."
