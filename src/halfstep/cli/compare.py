@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -124,7 +125,11 @@ def _run(
 
     if html_file is not None:
         _need_report()
+    # the door logs what doctor says about each policy; here the page and the verdict say it
+    logging.getLogger("halfstep").setLevel(logging.ERROR)
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 100)
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with Progress(console) as progress:
         summary = run(
@@ -149,7 +154,7 @@ def _write(
     summary: Summary, record: Path, json_file: str | None, html_file: str | None, console: Console
 ) -> None:
     if json_file is not None:
-        _replace(Path(json_file), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        _replace(Path(json_file), json.dumps(summary, ensure_ascii=False) + "\n")
     if html_file is not None:
         from .. import report
 

@@ -23,6 +23,8 @@ from .summary import RecipeResult, Summary
 REDRAW_SECONDS = 0.5
 """Drawing takes time that would be the training's; it is never inside a timed step."""
 
+MEMORY_PHASE = "measuring memory, one process per policy"
+
 LINE_SECONDS = 10.0
 """Where there is no terminal, a line is printed this often."""
 
@@ -89,6 +91,13 @@ class Progress:
             f"[bold]{', '.join(map(escape, self._labels))}[/] side by side on "
             f"{escape(machine['device_name'])} ({escape(machine['device'])})"
         )
+        slow = [dtype for dtype, is_fast in machine["fast"].items() if not is_fast]
+        if slow:
+            self._console.print(
+                f"It has no fast matrix units for {' and '.join(slow)}: "
+                "expect those policies to take longer than float32.",
+                style="yellow",
+            )
 
     def _on_recipe(self, event: Event) -> None:
         self._standings = {label: _Standing() for label in self._labels}
@@ -104,7 +113,9 @@ class Progress:
         self._draw(force=True)
 
     def _on_memory(self, event: Event) -> None:
-        self._phase = "measuring memory, one process per policy"
+        if self._phase != MEMORY_PHASE and not self._console.is_terminal:
+            self._console.print(f"  {MEMORY_PHASE}")
+        self._phase = MEMORY_PHASE
         self._standings[event["policy"]].memory = event.get("bytes")
         self._draw(force=True)
 
@@ -134,7 +145,7 @@ class Progress:
         ]
 
     def _on_evaluation(self, event: Event) -> None:
-        standing = self._standings[event["policy"]]
+        standing, self._phase = self._standings[event["policy"]], "training"
         standing.metrics = ", ".join(
             f"{name} {value:.4g}" for name, value in event["metrics"].items()
         )
@@ -157,15 +168,16 @@ class Progress:
             self._live.update(self._table(), refresh=True)
         elif not force:
             self._shown_at = now
-            self._console.print(self._line(), soft_wrap=True)
+            self._print_line()
 
-    def _line(self) -> str:
+    def _print_line(self) -> None:
         parts = [
             f"{label} step {s.step}, loss {s.loss:.4g}" + (f", {s.ratio}" if s.ratio else "")
             for label, s in self._standings.items()
             if s.loss is not None
         ]
-        return f"  {self._phase}: " + "; ".join(parts)
+        if parts:
+            self._console.print(f"  {escape('; '.join(parts))}", soft_wrap=True)
 
     def _table(self) -> RenderableType:
         table = Table(box=box.SIMPLE_HEAD, title=f"{self._title}: {self._phase}", expand=False)
@@ -206,8 +218,11 @@ def print_summary(summary: Summary, console: Console) -> None:
 
 
 def _result_table(recipe: RecipeResult) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=f"{recipe['name']}", title_justify="left")
-    metric = recipe["metric"] or "metric"
+    table = Table(
+        box=box.SIMPLE_HEAD, title=recipe["name"], title_justify="left", pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    metric = (recipe["metric"] or "metric").partition(" (")[0]
     table.add_column("policy", no_wrap=True)
     for name in ("ms/step", "time ratio", "memory", "ratio", metric, "loss", "skipped"):
         table.add_column(name, justify="right")
@@ -218,7 +233,8 @@ def _result_table(recipe: RecipeResult) -> Table:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
+    memory = row.memory.partition(" ±")[0]
     return (
-        row.policy, row.milliseconds, row.time_ratio, row.memory, row.memory_ratio, row.metric,
-        row.loss, row.skipped, row.result,
+        row.policy, row.milliseconds, row.time_ratio, memory, row.memory_ratio, row.metric,
+        row.loss, row.skipped, row.result.partition(":")[0],
     )  # fmt: skip

@@ -95,4 +95,4 @@ def _result(label: str, policy: PolicyResult, recipe: RecipeResult) -> str:
         return "baseline"
     if recipe["metric"] is None or policy["metric_is"] is None:
         return "finished"
-    return f"{policy['metric_is']} {recipe['metric'].partition(' (')[0]}"
+    return policy["metric_is"]

@@ -17,10 +17,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .summary import PolicyResult, RecipeResult
+    from .summary import PolicyResult, RecipeResult, Spread
 
 SAME_TIME = 0.03
-"""Times whose ratio's median is this near to 1, or whose quartiles enclose it, are the same."""
+"""Times whose ratio is this near to 1, or as near as the measurement can tell, are the same."""
+
+TELLING = 0.2
+"""A measurement of times that is less sure of its ratio than this tells nothing about sameness."""
+
+SAME_MEMORY = 0.03
+"""Peaks whose ratio is this near to 1 are the same, also where the noise is smaller still."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,9 @@ def verdict(result: RecipeResult, machine: Mapping[str, Any], configs: Mapping[s
 
 def _sentence(clauses: Iterable[str]) -> str:
     joined = "; ".join(filter(None, clauses)) or "nothing was measured"
-    return joined + "."
+    # a policy's name keeps its small letter
+    starts_with_word = joined.startswith(("against ", "stopped ", "nothing "))
+    return (joined[0].upper() + joined[1:] if starts_with_word else joined) + "."
 
 
 def _is_timed(policy: PolicyResult) -> bool:
@@ -122,30 +130,49 @@ def _stopped(result: RecipeResult) -> str:
 
 
 def _costs(timed: Mapping[str, PolicyResult], baseline: str) -> str:
-    parts = []
-    for place, (label, policy) in enumerate(timed.items()):
-        costs = [_time(policy), *_memory(policy)]
-        of = f" of {baseline}" if place == 0 else ""
-        parts.append(f"{label} {'took ' if place == 0 else ''}{' and '.join(costs)}{of}")
-    return _listed(parts)
+    """``a took 1.4× the time and 0.58× the memory of b``, or ``Against b, a took ..., c ...``."""
+    costs = {label: [_time(policy), *_memory(policy)] for label, policy in timed.items()}
+    plain = all(part[0].isdigit() for parts in costs.values() for part in parts)
+    if len(costs) == 1 and plain:
+        [(label, parts)] = costs.items()
+        return f"{label} took {' and '.join(parts)} of {baseline}"
+    clauses = [
+        f"{label} {'took ' if place == 0 else ''}{' and '.join(parts)}"
+        for place, (label, parts) in enumerate(costs.items())
+    ]
+    return f"against {baseline}, {', '.join(clauses)}" if clauses else ""
 
 
 def _time(policy: PolicyResult) -> str:
     ratio = policy["ratio"]
     if ratio is None:
         return "an unknown time"
-    near = abs(ratio["median"] - 1) <= SAME_TIME
-    if near or (ratio["low"] <= 1 <= ratio["high"]):
-        return "about the time"
-    return f"{times(ratio['median'])} the time"
+    unsure = uncertainty(ratio)
+    if abs(ratio["median"] - 1) > max(SAME_TIME, unsure):
+        return f"{times(ratio['median'])} the time"
+    if unsure <= TELLING:
+        return "about the same time"
+    return f"a time too noisy to tell ({ratio['low']:.2f} to {times(ratio['high'])})"
+
+
+def uncertainty(ratio: Spread) -> float:
+    """Return how far the median of all possible steps may lie from this one's.
+
+    It is half the notch of a box plot, ``1.57 IQR / sqrt(n)``: about 95 % of the time within it
+    (McGill, Tukey, Larsen 1978, "Variations of Box Plots").
+
+    >>> uncertainty({"median": 1.4, "low": 1.3, "high": 1.5, "count": 100})
+    0.0314...
+    """
+    return 1.57 * (ratio["high"] - ratio["low"]) / math.sqrt(ratio["count"])
 
 
 def _memory(policy: PolicyResult) -> list[str]:
     memory = policy["memory"]
     if memory is None or memory["ratio"] is None:
         return []
-    if memory["within_noise"]:
-        return ["about the memory"]
+    if memory["within_noise"] or abs(memory["ratio"] - 1) <= SAME_MEMORY:
+        return ["about the same memory"]
     return [f"{times(memory['ratio'])} the memory"]
 
 
@@ -167,9 +194,8 @@ def _on_hardware(
     fast = machine.get("fast") or {}
     wanted = dict.fromkeys(d for label in timed for d in configs[label]["computes_in"])
     known = {dtype: fast[dtype] for dtype in wanted if fast.get(dtype) is not None}
-    comma = "," if len(timed) > 1 else ""
     which = _units(known)
-    return f"{comma} on {word}" + (f", which has {which}" if which else "")
+    return f"{',' if len(timed) > 1 else ''} on {word}" + (f", which has {which}" if which else "")
 
 
 def _units(known: Mapping[str, bool]) -> str:
@@ -218,9 +244,3 @@ def _losses(policies: Mapping[str, PolicyResult]) -> list[str]:
         for label, r in policies.items()
         if r["status"] in ("diverged", "failed")
     ]
-
-
-def _listed(parts: Sequence[str]) -> str:
-    if len(parts) < 3:
-        return " and ".join(parts)
-    return ", ".join(parts[:-1]) + f" and {parts[-1]}"

@@ -20,7 +20,7 @@ STEPS = 300
 METRIC = "validation loss (nats/byte)"
 HIGHER_IS_BETTER = False
 
-CONTEXT, BATCH = 64, 16
+CONTEXT, BATCH = 64, 8
 WIDTH, HEADS, DEPTH = 64, 4, 2
 
 

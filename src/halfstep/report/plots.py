@@ -184,7 +184,7 @@ def _bars(
             "orientation": "h",
             "name": label,
             "x": [middle],
-            "y": [label],
+            "y": [f"{label}<br><b>{middle:.3g}</b>"],
             "marker": {"color": style[label].colour},
             "error_x": {
                 "type": "data",
@@ -193,9 +193,6 @@ def _bars(
                 "arrayminus": [middle - low],
                 "thickness": 1.5,
             },
-            "text": [f"{middle:.3g}"],
-            "textposition": "inside",
-            "insidetextanchor": "start",
             "hovertemplate": f"{label}: {middle:.3g} ({low:.3g} to {high:.3g}) {unit}"
             "<extra></extra>",
         }
@@ -266,7 +263,7 @@ def _powers_of_two(data: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tickvals": [2.0**exponent for exponent in ticks],
         "ticktext": [f"2<sup>{exponent}</sup>" for exponent in ticks],
         # Plotly wants the logarithm to base 10 of a logarithmic axis' ends
-        "range": [(low + 0.5) * math.log10(2), (high - 0.5) * math.log10(2)],
+        "range": [(low - 0.2) * math.log10(2), (high + 0.2) * math.log10(2)],
     }
 
 
