@@ -10,7 +10,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -106,20 +106,24 @@ def _silence() -> Iterator[None]:
     sys.stderr.flush()
     level = logging.root.manager.disable
     kept = [os.dup(descriptor) for descriptor in (1, 2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        logging.disable(logging.CRITICAL)
-        for descriptor in (1, 2):
-            os.dup2(nowhere, descriptor)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for descriptor, original in zip((1, 2), kept, strict=True):
-            os.dup2(original, descriptor)
-            os.close(original)
-        os.close(nowhere)
-        logging.disable(level)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        try:
+            logging.disable(logging.CRITICAL)
+            for descriptor in (1, 2):
+                os.dup2(nowhere.fileno(), descriptor)
+            # Python's own streams too: what they buffer would be heard after the descriptors return
+            with (
+                redirect_stdout(nowhere),
+                redirect_stderr(nowhere),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            for descriptor, original in zip((1, 2), kept, strict=True):
+                os.dup2(original, descriptor)
+                os.close(original)
+            logging.disable(level)
 
 
 def _installed(name: str) -> bool:

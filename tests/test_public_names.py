@@ -1,0 +1,65 @@
+"""The public names of each door: adding or losing one is a decision, not an accident."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import pytest
+
+PUBLIC = {
+    "halfstep": {
+        "Compatibility",
+        "Device",
+        "DynamicLossScale",
+        "FORMATS",
+        "FixedLossScale",
+        "Format",
+        "HalfstepError",
+        "LossScale",
+        "LossScaleError",
+        "LossScaleExhausted",
+        "LossScaleState",
+        "NoLossScale",
+        "Policy",
+        "PolicyError",
+        "PolicyMap",
+        "PolicyWarning",
+        "RecipeError",
+        "RecordError",
+        "compatibility_check",
+        "devices",
+        "format_of",
+        "global_policy",
+        "policy_scope",
+        "set_global_policy",
+    },
+}
+"""Every public name by package; a new door is a new key."""
+
+
+def public_names(package: ModuleType) -> set[str]:
+    """What a package offers: no private name, no submodule, nothing from ``__future__``."""
+    return {
+        name
+        for name, value in vars(package).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names(name):
+    assert public_names(importlib.import_module(name)) == PUBLIC[name]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_a_docstring(name):
+    package = importlib.import_module(name)
+    for public in PUBLIC[name] - {"FORMATS"}:
+        assert getattr(package, public).__doc__, public
+
+
+def test_the_version_is_one_of_pep_440():
+    import halfstep
+
+    assert [part.isdigit() for part in halfstep.__version__.split(".")[:2]] == [True, True]
