@@ -1,4 +1,5 @@
 """Loss scaling for torch: an optimizer that brings its own scale, and a drop-in GradScaler."""
 
+from .grad_scaler import GradScaler as GradScaler
 from .history import ScaleEvent as ScaleEvent
 from .optimizer import LossScaleOptimizer as LossScaleOptimizer

@@ -18,7 +18,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 DEVICES = ("cpu", "cuda", "xpu")
 """Where the fused kernels take a scale and a skip flag."""
 
-_STEPS = (Adam.step, AdamW.step, SGD.step, Adagrad.step)
+_KINDS = (Adam, AdamW, SGD, Adagrad)
+_STEPS = tuple(kind.step for kind in _KINDS)
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 Settings = dict[str, Any]
@@ -26,6 +27,8 @@ Settings = dict[str, Any]
 
 def has_fused_kernels(optimizer: Optimizer) -> bool:
     """Whether this is one of the four, with its own ``step``: a subclass may have replaced it."""
+    if torch.compiler.is_compiling():  # Dynamo does not compare functions
+        return isinstance(optimizer, _KINDS)
     return type(optimizer).step in _STEPS
 
 
@@ -69,11 +72,7 @@ class FusedSwitch:
         """
         groups = self._optimizer.param_groups
         self._seen = self._first()
-        if (
-            self._sparse
-            or not has_fused_kernels(self._optimizer)
-            or not all(map(_allows_fused, groups))
-        ):
+        if self._sparse or not _allows_fused(self._optimizer):
             self.turn_off()
             return
         self.before += [None] * (len(groups) - len(self.before))
@@ -131,12 +130,17 @@ def _settings(group: dict[str, Any]) -> Settings:
     return {key: group.get(key) for key in ("fused", "foreach")}
 
 
-def _allows_fused(group: dict[str, Any]) -> bool:
-    return not group.get("differentiable") and all(
-        type(parameter) in _PLAIN_TENSORS
-        and parameter.device.type in DEVICES
-        and parameter.is_floating_point()
-        for parameter in group["params"]
+def _allows_fused(optimizer: Optimizer) -> bool:
+    groups = optimizer.param_groups
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    kinds = {parameter.device.type for parameter in parameters}
+    return (
+        has_fused_kernels(optimizer)
+        and not any(group.get("differentiable") for group in groups)
+        # one kind: a flag that travels to the CPU would have to be waited for
+        and len(kinds) == 1
+        and kinds <= set(DEVICES)
+        and all(type(p) in _PLAIN_TENSORS and p.is_floating_point() for p in parameters)
     )
 
 

@@ -123,6 +123,14 @@ def _add(found: Gradients, parameter: Tensor, grad: Tensor) -> None:
         found.buckets.setdefault((grad.device, grad.dtype), []).append(grad)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor`` on ``device``, without waiting where that is safe.
+
+    A copy to the CPU must be waited for: what it copies into could be read too early.
+    """
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
 def norm_of(grads: Gradients, order: float, home: torch.device) -> Tensor:
     """Return the norm of all gradients together, a 0-dim tensor on ``home``.
 
@@ -139,7 +147,7 @@ def norm_of(grads: Gradients, order: float, home: torch.device) -> Tensor:
     for bucket in grads.buckets.values():
         wide = torch.promote_types(bucket[0].dtype, torch.float32)
         each = torch.stack(torch._foreach_norm(bucket, order, dtype=wide))
-        norms.append(torch.linalg.vector_norm(each, order).to(home, non_blocking=True))
+        norms.append(moved(torch.linalg.vector_norm(each, order), home))
     if not norms:
         return torch.zeros((), device=home)
     if len(norms) == 1:
@@ -154,7 +162,7 @@ def divide_(grads: Gradients, divisor: Tensor | None) -> None:
     if divisor is None:
         return
     for (device, _), bucket in grads.buckets.items():
-        torch._foreach_div_(bucket, divisor.to(device, non_blocking=True))
+        torch._foreach_div_(bucket, moved(divisor, device))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import LossScaleError
@@ -19,6 +20,12 @@ def _trainable(optimizer: Optimizer) -> list[Tensor]:
         for parameter in group["params"]
         if parameter.requires_grad and parameter.is_leaf
     ]
+
+
+def is_watched(optimizer: Optimizer) -> bool:
+    """Whether hooks will look at the gradients before the step; they are to see them unscaled."""
+    own = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    return bool(own or torch_optimizer._global_optimizer_pre_hooks)
 
 
 def refuse_more(optimizer: Optimizer) -> list[RemovableHandle]:
@@ -37,7 +44,10 @@ def refuse_more(optimizer: Optimizer) -> list[RemovableHandle]:
             "it a step() (with torch.amp's protocol update() too) or a zero_grad()."
         )
 
-    return [p.register_post_accumulate_grad_hook(refuse) for p in _trainable(optimizer)]
+    return [
+        parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
+        for parameter in _trainable(optimizer)
+    ]
 
 
 class Leftovers:

@@ -27,10 +27,11 @@ from .gradients import (
     divide_,
     gather,
     judge,
+    moved,
     refuse_float16,
     refuse_foreign,
 )
-from .guards import Leftovers, refuse_more
+from .guards import Leftovers, is_watched, refuse_more
 from .history import History, ScaleEvent, exhausted_message
 from .outputs import over_tensors, scaled, widened
 from .proxy import OptimizerProxy
@@ -304,7 +305,7 @@ class LossScaleOptimizer(OptimizerProxy):
         return loss
 
     def _step(self, closure: Closure | None) -> None:
-        if self._watched():
+        if is_watched(self) or is_watched(self.inner_optimizer):
             self.unscale_()
         self._before_step(closure)
         if self.loss_scale.skips:
@@ -437,8 +438,7 @@ class LossScaleOptimizer(OptimizerProxy):
             return list(grads)
         scale = self._scale_now()
         return [
-            None if grad is None else widened(grad) / scale.to(grad.device, non_blocking=True)
-            for grad in grads
+            None if grad is None else widened(grad) / moved(scale, grad.device) for grad in grads
         ]
 
     def apply_gradients(self, grads_and_params: Iterable[tuple[Tensor | None, Tensor]]) -> None:

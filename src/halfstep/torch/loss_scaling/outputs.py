@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LossScaleError
+from .gradients import moved
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -28,7 +29,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 def scaled(tensor: Tensor, scale: Tensor) -> Tensor:
     """Return the product in float32: a float16 one overflows at the first scale of most runs."""
-    return widened(tensor) * scale.to(tensor.device, non_blocking=True)
+    return widened(tensor) * moved(scale, tensor.device)
 
 
 def over_tensors(value: Any, apply: Callable[[Tensor], Tensor]) -> Any:

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 
 class OptimizerProxy(Optimizer):
@@ -48,14 +47,6 @@ class OptimizerProxy(Optimizer):
         if name.startswith("_") or name == "inner_optimizer":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.inner_optimizer, name)
-
-    def _watched(self) -> bool:
-        """Whether hooks will look at the gradients before the step."""
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self.inner_optimizer._optimizer_step_pre_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-        )
 
     def _before_step(self, closure: object) -> None:
         for hook in self._optimizer_step_pre_hooks.values():

@@ -28,6 +28,24 @@ class ScaleState:
             self._packed = self._packed.to(device)
         return self._packed
 
+    @property
+    def packed(self) -> Tensor | None:
+        """The packed state where it is, or None before the first use."""
+        return self._packed
+
+    def at(self, device: torch.device) -> Tensor:
+        """Return the packed state where it is; made on ``device`` if this is the first use."""
+        return self.on(device) if self._packed is None else self._packed
+
+    def set_scale(self, value: float | Tensor) -> None:
+        """Replace the scale, and nothing else."""
+        if self._packed is None:
+            self._values = self._values._replace(scale=float(value))
+        elif isinstance(value, Tensor):
+            self._packed[0].copy_(value)
+        else:
+            self._packed[0].fill_(value)
+
     def advance(self, found: Tensor, taken: Tensor | None = None) -> Tensor:
         """Let the rule make the next state, in place, and return it packed.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch.optim import SGD, Optimizer
 
 from ...errors import LossScaleError
 from .fusion import has_fused_kernels, is_fused, late_momentum, unfused
-from .gradients import Gradients, divide_
+from .gradients import Gradients, divide_, moved
+from .guards import is_watched
 
 
 def take_step(
@@ -41,14 +43,15 @@ def take_step(
     if skips_on_device(optimizer, grads):
         return _on_device(optimizer, found, divisor, *args, **kwargs)
     divide_(grads, divisor)
-    if torch.compiler.is_compiling():
-        return _undone(optimizer, found, *args, **kwargs)
-    if found.item():  # the one host read of this way
-        return None
+    step: Callable[..., Any] = _undone
+    if not torch.compiler.is_compiling():
+        if found.item():  # the one host read of this way
+            return None
+        step = _plainly
     if is_fused(optimizer):
         with unfused(optimizer):
-            return optimizer.step(*args, **kwargs)
-    return optimizer.step(*args, **kwargs)
+            return step(optimizer, found, *args, **kwargs)
+    return step(optimizer, found, *args, **kwargs)
 
 
 def skips_on_device(optimizer: Optimizer, grads: Gradients) -> bool:
@@ -64,6 +67,8 @@ def skips_on_device(optimizer: Optimizer, grads: Gradients) -> bool:
         )
     if not is_fused(optimizer) or grads.sparse or grads.foreign is not None:
         return False
+    if torch.compiler.is_compiling():  # Dynamo does not trace the fused kernels
+        return False
     return type(optimizer).step is not SGD.step or not late_momentum(optimizer)
 
 
@@ -77,16 +82,34 @@ def _on_device(
     slots.grad_scale = own if divisor is None else divisor
     slots.found_inf = found
     try:
-        return optimizer.step(*args, **kwargs)
+        return _call(optimizer, *args, **kwargs)
     finally:
         del slots.grad_scale
         del slots.found_inf
 
 
+def _call(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    """Call ``optimizer.step``; inside ``torch.compile`` the function in the middle of it.
+
+    What stands around it in torch.optim breaks the graph on purpose, at both ends.
+    """
+    if not torch.compiler.is_compiling() or is_watched(optimizer):
+        return optimizer.step(*args, **kwargs)
+    step: Any = type(optimizer).step
+    while hasattr(step, "__wrapped__"):
+        step = step.__wrapped__
+    with torch.no_grad():
+        return step(optimizer, *args, **kwargs)
+
+
+def _plainly(optimizer: Optimizer, _: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return optimizer.step(*args, **kwargs)
+
+
 def _undone(optimizer: Optimizer, found: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Step, and choose between what was and what is, on the device."""
     before = [(tensor, tensor.detach().clone()) for tensor in _changed_by(optimizer)]
-    result = optimizer.step(*args, **kwargs)
+    result = _call(optimizer, *args, **kwargs)
     if len(_changed_by(optimizer)) != len(before):
         raise LossScaleError(
             f"{type(optimizer).__name__} made its state inside torch.compile, where a skipped step "
@@ -94,7 +117,7 @@ def _undone(optimizer: Optimizer, found: Tensor, *args: Any, **kwargs: Any) -> A
         )
     with torch.no_grad():
         for tensor, value in before:
-            tensor.copy_(torch.where(found.to(tensor.device) > 0, value, tensor))
+            tensor.copy_(torch.where(moved(found, tensor.device) > 0, value, tensor))
     return result
 
 
