@@ -8,7 +8,7 @@ from fractions import Fraction
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import halfstep
@@ -211,6 +211,7 @@ def test_float32_from_float64():
         np.testing.assert_array_equal(format_of("float32").round(x), x.astype(np.float32))
 
 
+@settings(deadline=None)
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False).filter(bool))
 def test_tensorfloat32_against_fractions(x):
     expected = reference_round("tensorfloat32", abs(Fraction(x)))
@@ -229,6 +230,7 @@ def test_random_values_against_fractions(name):
         assert same(found, reference_round(name, Fraction(value)))
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=True), st.sampled_from(sorted(LAYOUTS)))
 def test_round_is_idempotent_and_odd(x, name):
     fmt = format_of(name)

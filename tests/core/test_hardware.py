@@ -393,9 +393,12 @@ def test_errors_of_pynvml_itself_are_passed_over():
     assert read_accelerators(replace(linux(ZEN_4), nvml=lambda: nvml)) == ()
 
 
-def test_a_framework_that_fails_is_passed_over():
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no driver"), UserWarning("driver too old"), AssertionError("no CUDA")]
+)
+def test_a_framework_that_fails_is_passed_over(error):
     torch = fake_torch([V100])
-    torch.cuda.get_device_properties = fails(RuntimeError("no driver"))
+    torch.cuda.get_device_properties = fails(error)
     jax = Fake(devices=fails(RuntimeError("Unable to initialize backend 'tpu'")))
     assert read_accelerators(linux(ZEN_4, torch=torch, jax=jax)) == ()
 

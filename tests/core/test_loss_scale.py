@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfstep import DynamicLossScale, FixedLossScale, LossScaleError, LossScaleState, NoLossScale
 from halfstep.core.loss_scale import as_loss_scale, loss_scale_from_config
+
+# a busy machine must not fail a test
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def float32(x: float) -> float:
@@ -93,7 +96,7 @@ runs = st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=12)
 steps_strategy = runs.map(lambda parts: [finite for finite, count in parts for _ in range(count)])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(UNTIMED, max_examples=300)
 @given(rules(), steps_strategy, st.sampled_from([bool, np.bool_, np.array]))
 def test_numpy_agrees_with_the_reference_and_keeps_its_limits(rule, steps, flag):
     state = rule.init()
@@ -105,7 +108,7 @@ def test_numpy_agrees_with_the_reference_and_keeps_its_limits(rule, steps, flag)
         assert all(np.asarray(value).dtype == np.float32 for value in state)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(UNTIMED, max_examples=25)
 @given(rules(), steps_strategy)
 def test_torch_agrees_with_the_reference(rule, steps):
     state = rule.init(torch.tensor)
@@ -114,7 +117,7 @@ def test_torch_agrees_with_the_reference(rule, steps):
         assert numbers(state) == expected
 
 
-@settings(deadline=None, max_examples=30)
+@settings(UNTIMED, max_examples=30)
 @given(rules(), steps_strategy)
 def test_jax_agrees_with_the_reference_under_jit_and_scan(rule, steps):
     @jax.jit
@@ -336,6 +339,7 @@ def test_different_rules_differ():
     assert len(set(ALL)) == len(ALL)
 
 
+@settings(UNTIMED)
 @given(rules())
 def test_any_rule_round_trips(rule):
     assert loss_scale_from_config(json.loads(json.dumps(rule.get_config()))) == rule

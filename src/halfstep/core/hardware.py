@@ -29,6 +29,8 @@ _UNREADABLE = (
     LookupError,
     TypeError,
     ValueError,
+    AssertionError,
+    Warning,  # where warnings are errors: a driver that is too old is told by one
 )
 """What a driver or framework that is half installed raises when it is asked."""
 

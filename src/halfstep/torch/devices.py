@@ -108,10 +108,10 @@ def torch_devices() -> tuple[torch.device, ...]:
     device(type='cpu')
     """
     found = {"cpu": torch.device("cpu")}
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        for index in range(torch.accelerator.device_count() if kind is not None else 0):
-            device = torch.device(str(kind and kind.type), index)
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is not None:
+        for index in range(torch.accelerator.device_count()):
+            device = torch.device(kind.type, index)
             found.setdefault(device_name(device), device)
     return tuple(found.values())
 
