@@ -1,0 +1,1 @@
+"""Benchmarks against torch.amp, side by side in one process: ``python -m benchmarks``."""
