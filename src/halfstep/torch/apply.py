@@ -189,7 +189,9 @@ def _plan_module(
     alone = left_alone(module)
     rule = rule or rule_for(module, bool(names))
     inert = rule in (HOLDER, PARAMETRIZATION)
-    inputs, region, reads = None, None, ()
+    inputs: Cast | None = None
+    region: Region | None = None
+    reads: tuple[str, ...] = ()
     if alone is not None:
         inputs, region, why = LowCast(torch.float32), Region(None), f"left alone: {alone}"
     elif not policy.is_low:
@@ -200,13 +202,13 @@ def _plan_module(
         why = rule.why.format(compute=policy.compute_dtype, functional=functional)
     if inert:
         inputs, region, reads, why = None, None, (), rule.why
-    result = None
-    if not path:
-        result = None if output_dtype is None else LowCast(dtype_named(output_dtype))
-    elif policy.is_low and not parent.is_low and not inert:
-        result = LowCast(dtype_named(parent.compute_dtype))
-    elif policy.is_low and rule.result and alone is None:
+    result: Cast | None = None
+    if policy.is_low and rule.result and alone is None:
         result = Cast(compute)
+    if not path and output_dtype is not None:
+        result = LowCast(dtype_named(output_dtype))
+    elif path and policy.is_low and not parent.is_low and not inert:
+        result = LowCast(dtype_named(parent.compute_dtype))
     return LayerPlan(
         policy=policy,
         path=path,
@@ -261,9 +263,7 @@ def _region(rule: Rule, compute: torch.dtype, functional: Functional) -> Region 
     return None
 
 
-def _to_store(
-    module: nn.Module, policy: Policy, rule: Rule
-) -> tuple[tuple[str, torch.dtype], ...]:
+def _to_store(module: nn.Module, policy: Policy, rule: Rule) -> tuple[tuple[str, torch.dtype], ...]:
     """The module's parameters whose dtype is not the policy's variable dtype, with theirs."""
     wanted = torch.float32 if rule.weights == "float32" else dtype_named(policy.variable_dtype)
     return tuple(
@@ -290,8 +290,9 @@ def _check_plans(
     low = [plan for plan in plans.values() if plan.policy.is_low]
     if low and all(plan.rule in ("plain", "holder", "left alone", "loss") for plan in low):
         raise PolicyError(
-            f"apply_policy({policies}): no layer of this {type(model).__name__} can follow it: "
-            "it has no module that owns floating weights of at most 32 bits."
+            f"apply_policy({policies}): no layer of this {type(model).__name__} can follow it. "
+            "A layer is a module that owns floating weights of at most 32 bits; every one here, "
+            "if there is any, is left alone or overridden."
         )
 
 

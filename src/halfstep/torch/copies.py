@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -121,13 +121,21 @@ class WeightGroups:
 
 
 class WeightCopies:
-    """The copies made so far in one call of the outermost module."""
+    """The copies made so far in one call of the outermost module.
 
-    __slots__ = ("_copies", "_groups")
+    Args:
+        groups: which weights are cast together.
+        watch: remember what each copy looked like, for :meth:`written_to`.
+    """
 
-    def __init__(self, groups: WeightGroups) -> None:
+    __slots__ = ("_copies", "_groups", "_watched")
+
+    def __init__(self, groups: WeightGroups, watch: bool = False) -> None:
         self._groups = groups
         self._copies: dict[Key, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._watched: list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]] | None = (
+            [] if watch else None
+        )
 
     def clear(self) -> None:
         """Forget every copy."""
@@ -146,6 +154,8 @@ class WeightCopies:
             copies = cast_together(group, dtype)
         for original, low in zip(group, copies, strict=True):
             self._copies[id(original), dtype] = (original, _version(original), low)
+            if self._watched is not None and type(original) is nn.Parameter:
+                self._watched.append((original, low, _looks(low)))
         return self._copies[id(weight), dtype][2]
 
     def _group(self, weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -155,6 +165,14 @@ class WeightCopies:
         # a parameter that was frozen, thawed, moved or given another dtype since
         return [w for w in group if w.requires_grad == weight.requires_grad
                 and w.dtype == weight.dtype and w.device == weight.device]  # fmt: skip
+
+    def written_to(self) -> list[torch.Tensor]:
+        """Return the weights whose copies were changed since they were made (if watched)."""
+        return [weight for weight, low, made in self._watched or () if _looks(low) != made]
+
+
+def _looks(copy: torch.Tensor) -> tuple[int, int]:
+    return copy.data_ptr(), _version(copy)
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -181,10 +199,14 @@ def _one_by_one() -> bool:
 
 @dataclass
 class Entry:
-    """What is known of a module that is called from outside: its weights and their devices."""
+    """What is known of a module that is called from outside: its weights and their devices.
+
+    ``watched`` holds the modes (training or not) in which its first call was watched for writes.
+    """
 
     groups: WeightGroups
     devices: tuple[str, ...]
+    watched: set[bool] = field(default_factory=set)
 
 
 _entries: WeakKeyDictionary[nn.Module, Entry] = WeakKeyDictionary()
@@ -261,7 +283,8 @@ def weights_unchanged(model: nn.Module) -> Iterator[None]:
     """
     if plan_of(model) is None:
         raise PolicyError(
-            f"weights_unchanged: this {type(model).__name__} has no policy; call apply_policy first."
+            f"weights_unchanged: no policy was applied to this {type(model).__name__}; "
+            "call apply_policy first."
         )
     copies = WeightCopies(entry_of(model).groups)
     before = calls.kept

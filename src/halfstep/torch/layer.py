@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import PolicyError
 from .casting import cast_call, cast_nested
 from .copies import WeightCopies, calls, entry_of, forget_entry
 from .plan import ATTRIBUTE, LayerPlan, plan_of
@@ -35,7 +36,8 @@ def is_policied(module: nn.Module) -> bool:
 
 def plain_class(cls: type) -> type:
     """Return the class that a module had before a policy was applied to it."""
-    return cls.__dict__.get(_BASE, cls)
+    base: type = cls.__dict__.get(_BASE, cls)
+    return base
 
 
 def policied_class(base: type, reads: tuple[str, ...]) -> type:
@@ -71,7 +73,7 @@ def _make_class(base: type, reads: tuple[str, ...]) -> type:
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "__new__": _new_plain,
+        "__init__": _init(base),
         "__reduce_ex__": _reduce,
         "forward": _forward(base),
         "_apply": _apply(base),
@@ -82,21 +84,27 @@ def _make_class(base: type, reads: tuple[str, ...]) -> type:
     return type(base)(base.__name__, (base,), body)
 
 
-def _new_plain(cls: type, *args: Any, **kwargs: Any) -> Any:
+def _init(base: type) -> Callable[..., None]:
     # code like Sequential.__getitem__ makes another module with type(self)(...): a plain one
-    return plain_class(cls)(*args, **kwargs)
+    @functools.wraps(base.__init__)  # type: ignore[misc]
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        if plan_of(self) is None:
+            self.__class__ = plain_class(type(self))
+
+    return init
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     base = plain_class(type(self))
     reads = tuple(name for name, member in type(self).__dict__.items() if _is_weight(member))
-    made = base.__reduce_ex__(self, protocol)
+    made: tuple[Any, ...] = super(type(self), self).__reduce_ex__(protocol)  # type: ignore[assignment]
     # (reconstruct, arguments, state, ...): same state, but the object gets our class
     return (_rebuild, (base, reads), *made[2:])
 
 
 def _rebuild(base: type, reads: tuple[str, ...]) -> nn.Module:
-    module: nn.Module = base.__new__(base)
+    module: nn.Module = object.__new__(base)
     module.__class__ = policied_class(base, reads)
     return module
 
@@ -224,24 +232,56 @@ def _forward(base: type) -> Forward:
 
 
 def _run(forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any) -> Any:
-    stack = calls.stack
-    outermost = not stack
-    if outermost:
-        entry = entry_of(self)
-        calls.copies = calls.kept if calls.kept is not None else WeightCopies(entry.groups)
-        calls.devices = entry.devices
+    if not calls.stack:
+        return _run_outermost(forward, self, plan, args, kwargs)
     saved = plan.region.enter(calls.devices) if plan.region is not None else None
-    stack.append(self)
+    calls.stack.append(self)
     try:
         return forward(self, *args, **kwargs)
     except RuntimeError as error:
         _explain(error, plan)
         raise
     finally:
-        stack.pop()
+        calls.stack.pop()
         leave(saved)
-        if outermost:
-            calls.copies = None
+
+
+def _run_outermost(
+    forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any
+) -> Any:
+    entry = entry_of(self)
+    watch = self.training not in entry.watched
+    copies = calls.kept if calls.kept is not None else WeightCopies(entry.groups, watch)
+    calls.copies, calls.devices = copies, entry.devices
+    saved = plan.region.enter(calls.devices) if plan.region is not None else None
+    calls.stack.append(self)
+    try:
+        result = forward(self, *args, **kwargs)
+    except RuntimeError as error:
+        _explain(error, plan)
+        raise
+    finally:
+        calls.stack.clear()
+        calls.copies = None
+        leave(saved)
+    if watch:
+        _check_written(self, copies)
+        entry.watched.add(self.training)
+    return result
+
+
+def _check_written(model: nn.Module, copies: WeightCopies) -> None:
+    """Raise if a layer changed a weight in its forward: the change went to a copy."""
+    written = set(map(id, copies.written_to()))
+    if not written:
+        return
+    names = [name for name, weight in model.named_parameters() if id(weight) in written]
+    raise PolicyError(
+        f"The forward of this {type(model).__name__} changes {', '.join(names)}, but what it "
+        "sees there is a 16-bit copy: the weight itself would stay as it is. Give the layer the "
+        "policy 'float32' (overrides={'<path>': 'float32'}), or change the weight outside of "
+        "forward."
+    )
 
 
 def _run_compiling(
@@ -276,8 +316,8 @@ def _explain(error: RuntimeError, plan: LayerPlan) -> None:
 
 
 def _apply(base: type) -> Forward:
-    def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forget_entry(self)  # .to(), .cuda(), .half(): weights move or change
         return base._apply(self, *args, **kwargs)  # type: ignore[attr-defined]
 
-    return _apply
+    return apply

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from ..core.policy import Policy
 from .casting import FLOATS, Cast
@@ -52,7 +52,6 @@ class LayerPlan:
     functional: str
     output_dtype: str | None
 
-
     def casts(self, weight: torch.Tensor) -> bool:
         """Whether the module reads this tensor of its own as a copy in the compute dtype.
 
@@ -61,7 +60,7 @@ class LayerPlan:
         """
         if weight.dtype is self.compute or weight.dtype not in FLOATS:
             return False
-        if isinstance(weight, UninitializedTensorMixin) or weight.dim() == 0:
+        if isinstance(weight, UninitializedParameter) or weight.dim() == 0:
             return False
         if self.reads_where == "low":
             return True
