@@ -74,7 +74,7 @@ def _make_class(base: type, reads: tuple[str, ...]) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__init__": _init(base),
-        "__reduce_ex__": _reduce,
+        "__reduce_ex__": _reduce(base, reads),
         "forward": _forward(base),
         "_apply": _apply(base),
     }
@@ -95,26 +95,19 @@ def _init(base: type) -> Callable[..., None]:
     return init
 
 
-def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    base = plain_class(type(self))
-    reads = tuple(name for name, member in type(self).__dict__.items() if _is_weight(member))
-    made: tuple[Any, ...] = super(type(self), self).__reduce_ex__(protocol)  # type: ignore[assignment]
-    # (reconstruct, arguments, state, ...): same state, but the object gets our class
-    return (_rebuild, (base, reads), *made[2:])
+def _reduce(base: type, reads: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        made = base.__reduce_ex__(self, protocol)  # type: ignore[call-arg, arg-type]
+        # (reconstruct, arguments, state, ...): same state, but the object gets our class
+        return (_rebuild, (base, reads), *made[2:])
+
+    return reduce
 
 
 def _rebuild(base: type, reads: tuple[str, ...]) -> nn.Module:
     module: nn.Module = object.__new__(base)
     module.__class__ = policied_class(base, reads)
     return module
-
-
-class _Weight(property):
-    """The property that stands for a weight of a module."""
-
-
-def _is_weight(member: object) -> bool:
-    return isinstance(member, _Weight)
 
 
 def _shown(name: str, value: object) -> property:
@@ -138,7 +131,7 @@ def _flat_weights() -> property:
     return property(get, set_)
 
 
-def _weight(base: type, name: str) -> _Weight:
+def _weight(base: type, name: str) -> property:
     computed = getattr(base, name, None)
     if isinstance(computed, property):  # a parametrized weight: made anew at each reading
         return _parametrized_weight(computed)
@@ -154,10 +147,10 @@ def _weight(base: type, name: str) -> _Weight:
     def delete(self: nn.Module) -> None:
         del self.__dict__[name]
 
-    return _Weight(get, set_, delete)
+    return property(get, set_, delete)
 
 
-def _parametrized_weight(computed: property) -> _Weight:
+def _parametrized_weight(computed: property) -> property:
     compute = computed.fget
     if compute is None:
         raise TypeError("a parametrized weight that cannot be read")
@@ -170,7 +163,7 @@ def _parametrized_weight(computed: property) -> _Weight:
             value = compute(self)
         return value.to(plan.compute) if plan.casts(value) else value
 
-    return _Weight(get, computed.fset, computed.fdel)
+    return property(get, computed.fset, computed.fdel)
 
 
 def self_device(module: nn.Module) -> str:
