@@ -2,18 +2,18 @@
 
 What a recipe holds (torch; this list is the interface, and the template is an example of it):
 
-===================================== =======================================================
-``make_model() -> nn.Module``         a new model, float32, on the CPU; the weights may be random,
-                                      every policy starts from the same ones
+====================================== =======================================================
+``make_model() -> nn.Module``          a new model, float32, on the CPU; the weights may be random,
+                                       every policy starts from the same ones
 ``make_optimizer(model) -> Optimizer`` an optimizer over ``model.parameters()``
-``batches(epoch, seed) -> iterable``  the training batches of one epoch, the same for the same
-                                      arguments; tensors, or tuples, lists and dicts of them. They
-                                      are moved to the device for you
-``loss(model, batch) -> Tensor``      the training loss, a scalar; the model is in training mode
-``evaluate(model) -> dict``           numbers by name; the model is in evaluation mode, without
-                                      gradients. A key ``examples`` says how many examples the
-                                      metric is a share of, and is no metric itself
-===================================== =======================================================
+``batches(epoch, seed) -> iterable``   the training batches of one epoch, the same for the same
+                                       arguments; tensors, or tuples, lists and dicts of them. They
+                                       are moved to the device for you
+``loss(model, batch) -> Tensor``       the training loss, a scalar; the model is in training mode
+``evaluate(model) -> dict``            numbers by name; the model is in evaluation mode, without
+                                       gradients. A key ``examples`` says how many examples the
+                                       metric is a share of, and is no metric itself
+====================================== =======================================================
 
 and, optional:
 
@@ -27,7 +27,8 @@ and, optional:
                                       first are the same; 0.01. A metric with ``examples`` is judged
                                       by its binomial standard error instead
 ``TITLE``                             one line for the page; else the file's first line
-``FRAMEWORK``                         ``"torch"``
+``FRAMEWORK``                         ``"torch"``; :data:`halfstep.compare.run.FRAMEWORKS` says
+                                      which ones can be trained
 ===================================== =======================================================
 """
 
@@ -45,9 +46,6 @@ from typing import Any
 from ..errors import RecipeError, nearest
 from ..recipes import BUILT_IN, TEMPLATE
 
-FRAMEWORKS = ("torch",)
-"""What a recipe's FRAMEWORK may be; :mod:`halfstep.compare.run` has what trains each."""
-
 _FUNCTIONS = {
     "make_model": ((), "a new model, the same kind each time"),
     "make_optimizer": (("model",), "an optimizer over the model's parameters"),
@@ -59,7 +57,7 @@ _OPTIONAL = {"setup": (("seed", "device"), "None, or a note to show with the res
 
 _CONSTANTS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "TITLE": (str, "a string"),
-    "FRAMEWORK": (str, "one of " + ", ".join(map(repr, FRAMEWORKS))),
+    "FRAMEWORK": (str, "a string"),
     "STEPS": (int, "a whole number above 0"),
     "EPOCHS": (int, "a whole number above 0"),
     "METRIC": (str, "a key of the dict that evaluate() returns"),
@@ -106,7 +104,7 @@ class Recipe:
     @property
     def title(self) -> str:
         """``TITLE``, else the first line of the file's docstring, else the name."""
-        first_line = (self.module.__doc__ or "").strip().partition("\n")[0]
+        first_line = (self.module.__doc__ or "").strip().partition("\n")[0].rstrip(".")
         return str(self.constant("TITLE", first_line or self.name))
 
     def call(self, function: str, *arguments: Any) -> Any:
@@ -136,7 +134,7 @@ def _in_range(name: str, value: Any) -> bool:
         return bool(value > 0)
     if name == "SAME_WITHIN":
         return bool(value >= 0)
-    return name != "FRAMEWORK" or value in FRAMEWORKS
+    return True
 
 
 def load_recipe(name: str | os.PathLike[str]) -> Recipe:
