@@ -131,6 +131,27 @@ def test_a_low_part_of_a_float32_model_gives_float32_back():
     assert [policy_of(layer).name for layer in model] == ["float32", "mixed_float16", "float32"]
 
 
+def test_a_low_container_in_a_float32_model_gives_float32_back():
+    model = nn.ModuleDict(
+        {"body": nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "e": nn.Embedding(3, 4)}
+    )
+    apply_policy(model, "float32", {"body": "mixed_float16", "e": "mixed_float16"})
+    assert model["body"](torch.ones(1, 4)).dtype is torch.float32
+    assert model["body"][0](torch.ones(1, 4)).dtype is torch.float16
+    assert model["e"](torch.arange(2)).dtype is torch.float32
+
+
+def test_scripted_modules_are_left_alone():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(nn.Linear(4, 4))
+    model = apply_policy(nn.Sequential(nn.Linear(4, 4), scripted), "mixed_bfloat16")
+    assert "sealed" in {row.path: row.why for row in policy_summary(model)}["1"]
+    assert model(torch.ones(1, 4)).dtype is torch.float32
+    remove_policy(model)
+    assert policy_of(model[1]) is None
+
+
 @pytest.mark.parametrize(
     ("output_dtype", "expected"),
     [("float32", torch.float32), (None, torch.bfloat16), ("float64", torch.float64)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
@@ -25,10 +26,31 @@ from .casting import FLOATS, Cast, FiniteCast, LowCast, dtype_named
 from .layer import attach, detach, is_policied
 from .plan import ATTRIBUTE, LayerPlan, plan_of
 from .region import Region
-from .rules import HOLDER, PARAMETRIZATION, Rule, left_alone, rule_for
+from .rules import HOLDER, PARAMETRIZATION, PLAIN, SEALED, Rule, left_alone, rule_for
+
+LEFT_ALONE = "left alone"
+_NEVER_ATTACHED = frozenset(rule.name for rule in (HOLDER, PARAMETRIZATION, SEALED))
+_NO_LAYER = _NEVER_ATTACHED | {PLAIN.name, LEFT_ALONE, "loss"}
 
 Model = TypeVar("Model", bound=nn.Module)
 Functional = Literal["autocast", "compute"]
+
+
+@dataclass(frozen=True)
+class _Options:
+    functional: Functional
+    output_dtype: str | None
+
+
+@dataclass(frozen=True)
+class _How:
+    """The part of a plan that a rule decides."""
+
+    why: str
+    inputs: Cast | None = None
+    region: Region | None = None
+    reads: tuple[str, ...] = ()
+    result: Cast | None = None
 
 
 def apply_policy(
@@ -73,7 +95,7 @@ def apply_policy(
     """
     _check_arguments(model, output_dtype, functional)
     policies = as_policy_map(global_policy() if policy is None else policy, overrides)
-    plans = _plan(model, policies, functional, output_dtype)
+    plans = _plan(model, policies, _Options(functional, output_dtype))
     _check_plans(model, policies, plans)
     was_policied = any(is_policied(module) for module in model.modules())
     if not any(_matters(plan) for plan in plans.values()):
@@ -142,9 +164,7 @@ def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from seen.items()
 
 
-def _plan(
-    model: nn.Module, policies: PolicyMap, functional: Functional, output_dtype: str | None
-) -> dict[nn.Module, LayerPlan]:
+def _plan(model: nn.Module, policies: PolicyMap, options: _Options) -> dict[nn.Module, LayerPlan]:
     paths = dict(_paths(model))
     resolved = policies.resolve(paths)
     parametrizations = {
@@ -159,10 +179,8 @@ def _plan(
             _check_same(plans[module], path, resolved[path])
             continue
         parent = resolved[path.rpartition(".")[0]].policy
-        rule = PARAMETRIZATION if module in parametrizations else None
-        plans[module] = _plan_module(
-            module, path, resolved[path], parent, rule, functional, output_dtype
-        )
+        rule = PARAMETRIZATION if module in parametrizations else rule_for(module, _tensors(module))
+        plans[module] = _plan_module(module, path, resolved[path], parent, rule, options)
     return plans
 
 
@@ -179,52 +197,57 @@ def _plan_module(
     path: str,
     resolved: Resolved,
     parent: Policy,
-    rule: Rule | None,
-    functional: Functional,
-    output_dtype: str | None,
+    rule: Rule,
+    options: _Options,
 ) -> LayerPlan:
-    policy = resolved.policy
-    compute = dtype_named(policy.compute_dtype)
-    names = _tensors(module)
-    alone = left_alone(module)
-    rule = rule or rule_for(module, bool(names))
-    inert = rule in (HOLDER, PARAMETRIZATION)
-    inputs: Cast | None = None
-    region: Region | None = None
-    reads: tuple[str, ...] = ()
-    if alone is not None:
-        inputs, region, why = LowCast(torch.float32), Region(None), f"left alone: {alone}"
-    elif not policy.is_low:
-        inputs, region, why = Cast(compute), Region(None), f"computes in {policy.compute_dtype}"
+    policy, alone = resolved.policy, left_alone(module)
+    if rule.name in _NEVER_ATTACHED:
+        how = _How(rule.why)
+    elif alone is not None:  # what its neighbours give in 16 bits reaches it in float32
+        rule = Rule(LEFT_ALONE, f"left alone: {alone}")
+        how = _How(rule.why, LowCast(torch.float32), Region(None))
     else:
-        inputs, region = _inputs(rule, compute, functional), _region(rule, compute, functional)
-        reads = names if rule.weights != "float32" and rule.name != "embedding" else ()
-        why = rule.why.format(compute=policy.compute_dtype, functional=functional)
-    if inert:
-        inputs, region, reads, why = None, None, (), rule.why
-    result: Cast | None = None
-    if policy.is_low and rule.result and alone is None:
-        result = Cast(compute)
-    if not path and output_dtype is not None:
-        result = LowCast(dtype_named(output_dtype))
-    elif path and policy.is_low and not parent.is_low and not inert:
-        result = LowCast(dtype_named(parent.compute_dtype))
+        how = _how(module, policy, rule, options.functional)
     return LayerPlan(
         policy=policy,
         path=path,
-        why=f"{resolved.why}; {why}",
-        rule="left alone" if alone is not None else rule.name,
-        compute=compute,
-        inputs=inputs,
-        reads=reads,
+        why=f"{resolved.why}; {how.why}",
+        rule=rule.name,
+        compute=dtype_named(policy.compute_dtype),
+        inputs=how.inputs,
+        reads=how.reads,
         reads_where=rule.weights,
         covers=rule.covers,
-        region=region,
-        result=result,
+        region=how.region,
+        result=_result(how, path, policy, parent, options.output_dtype),  # moot if never attached
         stored=() if alone is not None else _to_store(module, policy, rule),
-        functional=functional,
-        output_dtype=output_dtype,
+        functional=options.functional,
+        output_dtype=options.output_dtype,
     )
+
+
+def _how(module: nn.Module, policy: Policy, rule: Rule, functional: Functional) -> _How:
+    compute = dtype_named(policy.compute_dtype)
+    if not policy.is_low:
+        return _How(f"computes in {policy.compute_dtype}", Cast(compute), Region(None))
+    return _How(
+        why=rule.why.format(compute=policy.compute_dtype, functional=functional),
+        inputs=_inputs(rule, compute, functional),
+        region=_region(rule, compute, functional),
+        reads=() if rule.weights in ("float32", "rows") else _tensors(module),
+        result=Cast(compute) if rule.result else None,
+    )
+
+
+def _result(
+    how: _How, path: str, policy: Policy, parent: Policy, output_dtype: str | None
+) -> Cast | None:
+    if not path and output_dtype is not None:
+        return LowCast(dtype_named(output_dtype))
+    if path and policy.is_low and not parent.is_low:
+        # a float32 parent goes on in float32; a cast up loses nothing
+        return LowCast(dtype_named(parent.compute_dtype))
+    return how.result
 
 
 def _tensors(module: nn.Module) -> tuple[str, ...]:
@@ -281,14 +304,14 @@ def _check_plans(
     model: nn.Module, policies: PolicyMap, plans: Mapping[nn.Module, LayerPlan]
 ) -> None:
     for module, plan in plans.items():
-        if "forward" in module.__dict__ and plan.rule not in ("holder", "parametrization"):
+        if "forward" in module.__dict__ and plan.rule not in _NEVER_ATTACHED:
             raise PolicyError(
                 f"apply_policy: {plan.path or 'the model'!r} ({type(module).__name__}) carries a "
                 "forward of its own, which would pass the policy by. Apply the policy first, then "
                 "what replaces its forward."
             )
     low = [plan for plan in plans.values() if plan.policy.is_low]
-    if low and all(plan.rule in ("plain", "holder", "left alone", "loss") for plan in low):
+    if low and all(plan.rule in _NO_LAYER for plan in low):
         raise PolicyError(
             f"apply_policy({policies}): no layer of this {type(model).__name__} can follow it. "
             "A layer is a module that owns floating weights of at most 32 bits; every one here, "
@@ -314,7 +337,7 @@ def _carry_out(module: nn.Module, plan: LayerPlan) -> None:
         tied = registry.policy_of_parameter(parameter)
         if plan.rule != "left alone" and not (tied is not None and tied.is_low):
             registry.register(parameter, plan.policy)
-    if plan.rule in ("holder", "parametrization") or isinstance(module, torch.jit.ScriptModule):
+    if plan.rule in _NEVER_ATTACHED:
         module.__dict__[ATTRIBUTE] = plan
     else:
         attach(module, plan)

@@ -6,7 +6,7 @@ code otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.loss import _Loss
 
 Inputs = Literal["keep", "cast", "cast finite", "float32"]
-Weights = Literal["low", "low on cpu", "low off cpu", "float32"]
+Weights = Literal["low", "low on cpu", "low off cpu", "rows", "float32"]
 Inside = Literal["as it is", "functional", "on", "off"]
 
 
@@ -29,8 +29,9 @@ class Rule:
         why: the reason, for the summary; ``{compute}`` stands for the compute dtype.
         inputs: what happens to floating arguments: kept, cast to the compute dtype, cast so that
             finite constants stay finite (for what may take masks), or cast to float32.
-        weights: where its weights are read in the compute dtype. ``"float32"``: nowhere, and
-            they stay float32 variables under every policy.
+        weights: where its weights are read in the compute dtype. ``"rows"``: only what is
+            gathered from them; ``"float32"``: nowhere, and they stay float32 variables under
+            every policy.
         inside: how autocast is inside: as it is, on if functional="autocast", on, or off.
         result: whether what it returns is cast to the compute dtype.
         covers: whether it reads its children's weights without calling them.
@@ -47,12 +48,13 @@ class Rule:
 
 PLAIN = Rule("plain", "no weights: functional={functional!r}", inside="functional")
 HOLDER = Rule("holder", "holds modules and is never called")
+SEALED = Rule("scripted", "left alone: a scripted module is sealed")
 PARAMETERS = Rule("parameters", "{compute} where the module that holds them reads them")
 PARAMETRIZATION = Rule("parametrization", "computes a weight in its variable dtype")
 LAYER = Rule("layer", "{compute} weights", inputs="cast finite", inside="functional")
 LEAF = Rule("layer", "{compute} weights", inputs="cast")
 
-_EMBEDDING = Rule("embedding", "gathers float32 rows, gives {compute}", result=True)
+_EMBEDDING = Rule("embedding", "gathers float32 rows, gives {compute}", weights="rows", result=True)
 # The CPU kernel keeps its statistics in the dtype of the weights, CUDA's always in float32 but
 # it wants weights in its input's dtype (measured; torch 2.13, aten/native/layer_norm.cpp).
 _LAYER_NORM = Rule(
@@ -117,12 +119,14 @@ SWITCHES: tuple[tuple[type[nn.Module], str, object], ...] = (
 inference, which take the float32 weights of every layer below without asking the layer."""
 
 
-def rule_for(module: nn.Module, owns_weights: bool) -> Rule:
-    """Return how a module runs under a 16-bit policy."""
+def rule_for(module: nn.Module, weights: Sequence[str]) -> Rule:
+    """Return how a module that owns these weights runs under a 16-bit policy."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return SEALED
     for classes, rule in RULES:
         if isinstance(module, classes):
             return rule
-    if not owns_weights:
+    if not weights:
         return PLAIN
     return LEAF if type(module) in LEAVES else LAYER
 
@@ -130,7 +134,6 @@ def rule_for(module: nn.Module, owns_weights: bool) -> Rule:
 Untouchable = tuple[Callable[[nn.Module], bool], str]
 
 UNTOUCHABLE: tuple[Untouchable, ...] = (
-    (lambda module: isinstance(module, torch.jit.ScriptModule), "a scripted module is sealed"),
     (
         lambda module: any(p.is_complex() for p in module.parameters(recurse=False)),
         "it has complex parameters, which no 16-bit format can hold",

@@ -11,6 +11,8 @@ from torch import nn
 from ..errors import PolicyError
 from .plan import plan_of
 
+AS_IT_IS = "as it is"
+
 
 @dataclass(frozen=True)
 class SummaryRow:
@@ -59,7 +61,10 @@ class PolicySummary:
         ]
         lines.insert(1, "-" * max(map(len, lines)))
         counts = Counter(row.compute_dtype for row in self.rows)
-        total = ", ".join(f"{count} in {dtype}" for dtype, count in counts.most_common())
+        total = ", ".join(
+            f"{count} {'left alone' if dtype == AS_IT_IS else f'in {dtype}'}"
+            for dtype, count in counts.most_common()
+        )
         return "\n".join([*lines, f"{len(self.rows)} modules: {total}"])
 
 
@@ -99,5 +104,5 @@ def _row(path: str, module: nn.Module) -> SummaryRow:
     kind = type(module).__name__
     if plan is None:
         return SummaryRow(path, kind, None, "-", variables, "no policy")
-    compute = "as it is" if plan.rule == "left alone" else plan.policy.compute_dtype
+    compute = AS_IT_IS if plan.rule in ("left alone", "scripted") else plan.policy.compute_dtype
     return SummaryRow(path, kind, plan.policy.name, compute, variables, plan.why)
