@@ -7,6 +7,8 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,19 +127,29 @@ def _run(
 
     if html_file is not None:
         _need_report()
-    # the door logs what doctor says about each policy; here the page and the verdict say it
-    logging.getLogger("halfstep").setLevel(logging.ERROR)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 100)
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    with Progress(console) as progress:
+    with _quiet_checks(), Progress(console) as progress:
         summary = run(
             recipes, policies, settings, record=record, on_event=progress, command=command
         )
     print_summary(summary, console)
     _write(summary, record, json_file, html_file, console)
     return _EXIT_CODES.get(summary["status"], 1)
+
+
+@contextmanager
+def _quiet_checks() -> Iterator[None]:
+    """Keep the compatibility check out of the live table: the page and the verdict say it all."""
+    logger = logging.getLogger("halfstep")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _need_report() -> None:

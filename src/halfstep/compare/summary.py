@@ -181,9 +181,8 @@ def _recipe_result(events: list[Event], header: Event) -> RecipeResult:
     warmup = warmup_steps(max((len(steps) for steps in steps_of.values()), default=0))
     metric = start.get("metric") or _first_metric(events)
     status = ended.get("status", "unfinished")
-    policies = {
-        label: _policy_result(events, label, baseline, warmup, metric, status) for label in labels
-    }
+    policies = {label: _policy_result(events, label, baseline, warmup, status) for label in labels}
+    _set_final_metrics(policies, metric)
     examples = next((e["examples"] for e in events if e.get("examples")), None)
     higher = bool(start["higher_is_better"])
     base = policies[baseline]["final_metric"]
@@ -224,15 +223,28 @@ def _first_metric(events: Iterable[Event]) -> str | None:
     return None
 
 
+def _set_final_metrics(policies: dict[str, PolicyResult], metric: str | None) -> None:
+    """The metric at the last evaluation that every policy still in the race has taken part in.
+
+    A run may be stopped in the middle of an evaluation; then some have one more than others.
+    """
+    running = [p for p in policies.values() if p["stopped_at"] is None]
+    steps = [{e["step"] for e in policy["evaluations"]} for policy in running]
+    shared = set.intersection(*steps) if steps else set()
+    for policy in running:
+        found = {e["step"]: e["metrics"] for e in policy["evaluations"]}
+        if shared and metric is not None:
+            policy["final_metric"] = found[max(shared)].get(metric)
+
+
 def _policy_result(
-    events: list[Event], label: str, baseline: str, warmup: int, metric: str | None, ran: str
+    events: list[Event], label: str, baseline: str, warmup: int, ran: str
 ) -> PolicyResult:
     steps = _of(events, "step", label)
     stopped = next(iter(_of(events, "stopped", label)), None)
     evaluations = _of(events, "evaluation", label)
     finished = "finished" if ran == "finished" else "unfinished"
     measured = _memory(events, label, baseline)
-    last = evaluations[-1]["metrics"].get(metric) if evaluations else None
     return PolicyResult(
         status=stopped["status"] if stopped else finished,
         reason=stopped["reason"] if stopped else None,
@@ -242,7 +254,7 @@ def _policy_result(
         ratio=_ratio(steps, _of(events, "step", baseline), warmup),
         memory=measured,
         memory_error=_memory_error(events, label) if measured is None else None,
-        final_metric=None if stopped else _finite(last),
+        final_metric=None,
         metric_is=None,
         final_loss=_final_loss(steps),
         skipped=sum(e["skipped"] for e in steps),

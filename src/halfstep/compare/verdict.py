@@ -179,10 +179,11 @@ def _memory(policy: PolicyResult) -> list[str]:
 def times(ratio: float) -> str:
     """Return a ratio with two or three figures.
 
-    >>> times(0.583), times(1.42), times(14.2)
-    ('0.58×', '1.4×', '14×')
+    >>> times(0.583), times(1.04), times(1.42), times(14.2)
+    ('0.58×', '1.04×', '1.4×', '14×')
     """
-    return f"{ratio:.2f}×" if ratio < 1 else f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
+    digits = 2 if ratio < 1.1 else 1 if ratio < 10 else 0
+    return f"{ratio:.{digits}f}×"
 
 
 def _on_hardware(

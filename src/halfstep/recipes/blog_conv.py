@@ -30,7 +30,7 @@ def setup(seed: int, device: str) -> str | None:
     global IMAGES, SIZE, BATCH, EPOCHS, _images, _labels
     note = None
     if device == "cpu":
-        IMAGES, SIZE, BATCH, EPOCHS = 40, 24, 5, 2
+        IMAGES, SIZE, BATCH, EPOCHS = 40, 32, 5, 2
         note = (
             f"Scaled down for a CPU: {IMAGES} images of {SIZE}x{SIZE} in batches of {BATCH}, "
             f"{EPOCHS} epochs, not 800 of 256x256 in batches of 50, 10 epochs. "
