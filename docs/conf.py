@@ -1,5 +1,6 @@
 """Sphinx: MyST pages, the furo theme, autodoc from the installed package; no network."""
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 90
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -52,13 +54,14 @@ html_theme_options = {
 }
 
 
-def plain_first_line(app: Sphinx, what: str, name: str, *rest: object) -> None:
-    """Napoleon takes what stands before a colon in a property's first line for its type."""
+def plain_property(app: Sphinx, what: str, name: str, obj: object, *rest: object) -> None:
+    """Undo what napoleon does to a property: it takes a first line up to a colon for a type."""
     lines = rest[-1]
-    if what == "property" and isinstance(lines, list):
-        lines.insert(0, "")
+    text = inspect.cleandoc(obj.__doc__ or "")
+    if what == "property" and isinstance(lines, list) and "\nRaises:" not in text:
+        lines[:] = [*text.splitlines(), ""]
 
 
 def setup(app: Sphinx) -> None:
-    """Run before napoleon, whose priority is 500."""
-    app.connect("autodoc-process-docstring", plain_first_line, priority=400)
+    """Run after napoleon, whose priority is 500."""
+    app.connect("autodoc-process-docstring", plain_property, priority=600)
