@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,15 +28,17 @@ from torch.optim import (
     SparseAdam,
 )
 
+from .fusion import own_step
+
 Closure = Callable[[], Any]
 
-_ONCE = tuple(
-    kind.step
+_ONCE = {
+    inspect.unwrap(kind.step)
     for kind in (
         *(ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon, NAdam, RAdam),
         *(RMSprop, Rprop, SparseAdam),
     )
-)
+}
 
 
 def evaluates_once(optimizer: Optimizer) -> bool:
@@ -43,7 +46,7 @@ def evaluates_once(optimizer: Optimizer) -> bool:
 
     All of torch.optim does, except LBFGS. Of an optimizer from elsewhere nothing is known.
     """
-    return type(optimizer).step in _ONCE
+    return own_step(optimizer) in _ONCE
 
 
 class NotFinite(Exception):

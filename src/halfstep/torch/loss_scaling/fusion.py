@@ -7,6 +7,7 @@ that a scaled step needs no value on the host. Most optimizers are made without 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,17 +20,31 @@ DEVICES = ("cpu", "cuda", "xpu")
 """Where the fused kernels take a scale and a skip flag."""
 
 _KINDS = (Adam, AdamW, SGD, Adagrad)
-_STEPS = tuple(kind.step for kind in _KINDS)
+_SGD_STEP = inspect.unwrap(SGD.step)
+_STEPS = {inspect.unwrap(kind.step) for kind in _KINDS}
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 Settings = dict[str, Any]
+
+
+def own_step(optimizer: Optimizer) -> Any:
+    """Return the function that the optimizer's class steps with.
+
+    Unwrapped: torch wraps ``step`` anew in each class, when the first instance of it is made.
+    """
+    return inspect.unwrap(type(optimizer).step)
+
+
+def is_sgd(optimizer: Optimizer) -> bool:
+    """Whether this is SGD with its own ``step``."""
+    return own_step(optimizer) is _SGD_STEP
 
 
 def has_fused_kernels(optimizer: Optimizer) -> bool:
     """Whether this is one of the four, with its own ``step``: a subclass may have replaced it."""
     if torch.compiler.is_compiling():  # Dynamo does not compare functions
         return isinstance(optimizer, _KINDS)
-    return type(optimizer).step in _STEPS
+    return own_step(optimizer) in _STEPS
 
 
 def is_fused(optimizer: Optimizer) -> bool:

@@ -18,8 +18,8 @@ from ...core.loss_scale import DynamicLossScale, LossScaleState
 from ...errors import LossScaleError, LossScaleExhausted
 from . import checkpoint
 from .closures import Closure, evaluates_once
-from .gradients import Gradients, Verdict, blame, divide_, gather, judge, moved, refuse_foreign
-from .guards import is_watched, refuse_more
+from .gradients import Gradients, Verdict, blame, divide_, gather, judge, moved
+from .guards import is_watched, refuse_foreign, refuse_more
 from .history import History, ScaleEvent, exhausted_message
 from .optimizer import LossScaleOptimizer
 from .outputs import over_tensors, scaled

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from ...errors import LossScaleError
 
@@ -206,26 +206,6 @@ def judge(grads: Gradients, scale: Tensor, max_norm: float | None, home: torch.d
         return Verdict(found, scale, norm)
     clip = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     return Verdict(found, (scale / clip).to(torch.float32), norm)
-
-
-def refuse_foreign(optimizer: Optimizer, grads: Gradients) -> None:
-    """Raise if a gradient's dtype is not its parameter's and the optimizer would fail on that.
-
-    ``Tensor.grad_dtype`` allows it, and SGD's own kernels take it; the others raise when half of
-    the parameters are updated.
-
-    Raises:
-        LossScaleError: with the parameter's group, position, name and shape.
-    """
-    if grads.foreign is None or type(optimizer).step is SGD.step:
-        return
-    parameter = grads.foreign
-    grad = parameter.grad
-    raise LossScaleError(
-        f"{label_of(optimizer, parameter)}, has dtype {parameter.dtype} and a gradient of dtype "
-        f"{None if grad is None else grad.dtype}: {type(optimizer).__name__} needs the same for "
-        "both. Leave grad_dtype alone, or make the parameter float32."
-    )
 
 
 def blame(optimizer: Optimizer, most: int = 5) -> str:

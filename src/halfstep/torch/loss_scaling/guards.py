@@ -1,4 +1,4 @@
-"""Guards against gradients of two scales in one sum."""
+"""Guards against gradients that would go wrong: of two scales in one sum, of a dtype that fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import LossScaleError
-from .gradients import label_of, labelled
+from .fusion import is_sgd
+from .gradients import Gradients, label_of, labelled
 
 
 def _trainable(optimizer: Optimizer) -> list[Tensor]:
@@ -26,6 +27,26 @@ def is_watched(optimizer: Optimizer) -> bool:
     """Whether hooks will look at the gradients before the step; they are to see them unscaled."""
     own = getattr(optimizer, "_optimizer_step_pre_hooks", None)
     return bool(own or torch_optimizer._global_optimizer_pre_hooks)
+
+
+def refuse_foreign(optimizer: Optimizer, grads: Gradients) -> None:
+    """Raise if a gradient's dtype is not its parameter's and the optimizer would fail on that.
+
+    ``Tensor.grad_dtype`` allows it, and SGD's own kernels take it; the others raise when half of
+    the parameters are updated.
+
+    Raises:
+        LossScaleError: with the parameter's group, position, name and shape.
+    """
+    if grads.foreign is None or is_sgd(optimizer):
+        return
+    parameter = grads.foreign
+    grad = parameter.grad
+    raise LossScaleError(
+        f"{label_of(optimizer, parameter)}, has dtype {parameter.dtype} and a gradient of dtype "
+        f"{None if grad is None else grad.dtype}: {type(optimizer).__name__} needs the same for "
+        "both. Leave grad_dtype alone, or make the parameter float32."
+    )
 
 
 def refuse_more(optimizer: Optimizer) -> list[RemovableHandle]:

@@ -29,9 +29,8 @@ from .gradients import (
     judge,
     moved,
     refuse_float16,
-    refuse_foreign,
 )
-from .guards import Leftovers, is_watched, refuse_more
+from .guards import Leftovers, is_watched, refuse_foreign, refuse_more
 from .history import History, ScaleEvent, exhausted_message
 from .outputs import over_tensors, scaled, widened
 from .proxy import OptimizerProxy

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from ...errors import LossScaleError
-from .fusion import has_fused_kernels, is_fused, late_momentum, unfused
+from .fusion import has_fused_kernels, is_fused, is_sgd, late_momentum, unfused
 from .gradients import Gradients, divide_, moved
 from .guards import is_watched
 
@@ -69,7 +69,7 @@ def skips_on_device(optimizer: Optimizer, grads: Gradients) -> bool:
         return False
     if torch.compiler.is_compiling():  # Dynamo does not trace the fused kernels
         return False
-    return type(optimizer).step is not SGD.step or not late_momentum(optimizer)
+    return not (is_sgd(optimizer) and late_momentum(optimizer))
 
 
 def _on_device(

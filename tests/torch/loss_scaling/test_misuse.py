@@ -1,0 +1,187 @@
+"""An order of calls that would give wrong updates is an error, before anything is touched."""
+
+import pytest
+import torch
+
+from halfstep import Policy, PolicyMap
+from halfstep.core.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale
+from halfstep.errors import LossScaleError, PolicyError
+from halfstep.torch import LossScaleOptimizer, registry
+
+
+@pytest.fixture
+def weight():
+    return torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+
+
+@pytest.fixture
+def optimizer(weight):
+    return LossScaleOptimizer(torch.optim.SGD([weight], lr=0.5), 8)
+
+
+def test_a_step_on_gradients_that_were_never_scaled(weight, optimizer):
+    weight.sum().backward()
+    for call in (optimizer.step, optimizer.unscale_):
+        with pytest.raises(LossScaleError, match="no loss was scaled since the last step"):
+            call()
+    assert weight.grad.tolist() == [1.0, 1.0]
+    assert weight.tolist() == [1.0, 2.0]
+
+
+def test_a_second_step_after_one_scaled_loss(weight, optimizer):
+    optimizer.backward(weight.sum())
+    optimizer.step()
+    with pytest.raises(LossScaleError, match="no loss was scaled since the last step"):
+        optimizer.step()
+
+
+def test_a_backward_after_unscale(weight):
+    optimizer = LossScaleOptimizer(torch.optim.SGD([("layer.weight", weight)], lr=0.5), 8)
+    optimizer.backward(weight.sum())
+    optimizer.unscale_()
+    with pytest.raises(LossScaleError, match=r"'layer.weight'.*after unscale_\(\)"):
+        optimizer.backward(weight.sum())
+
+
+@pytest.mark.parametrize("end", ["step", "zero_grad"])
+def test_the_guard_of_unscale_goes_with_the_step(weight, optimizer, end):
+    optimizer.backward(weight.sum())
+    optimizer.unscale_()
+    getattr(optimizer, end)()
+    optimizer.zero_grad()
+    optimizer.backward(weight.sum())
+    assert weight.grad.tolist() == [8.0, 8.0]
+    assert not weight._post_accumulate_grad_hooks
+
+
+def test_a_backward_onto_gradients_that_the_last_step_left(weight, optimizer):
+    optimizer.backward(weight.sum())
+    optimizer.step()
+    with pytest.raises(LossScaleError, match=r"still has the gradient of the last step"):
+        optimizer.backward(weight.sum())
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("clear", ["optimizer", "module", "late"])
+def test_any_way_to_clear_the_gradients_is_fine(clear, set_to_none):
+    module = torch.nn.Linear(2, 1)
+    optimizer = LossScaleOptimizer(torch.optim.SGD(module.parameters(), lr=0.5), 8)
+    for _ in range(3):
+        loss = optimizer.scale(module(torch.ones(2)).sum())
+        (module if clear == "module" else optimizer).zero_grad(set_to_none=set_to_none)
+        if clear == "late":
+            loss = optimizer.scale(module(torch.ones(2)).sum())
+            optimizer.zero_grad(set_to_none=set_to_none)
+        loss.backward()
+        assert module.weight.grad.tolist() == [[8.0, 8.0]]
+        optimizer.step()
+
+
+def test_wrapping_what_is_wrapped(optimizer):
+    with pytest.raises(LossScaleError, match="wrapped in a LossScaleOptimizer already"):
+        LossScaleOptimizer(optimizer)
+
+
+def test_wrapping_what_is_no_optimizer(weight):
+    with pytest.raises(LossScaleError, match=r"takes a torch.optim.Optimizer, got a list"):
+        LossScaleOptimizer([weight])
+
+
+@pytest.mark.parametrize("max_norm", [0, -1.0, float("nan")])
+def test_a_norm_that_clips_nothing_sensible(weight, max_norm):
+    with pytest.raises(LossScaleError, match="must be positive"):
+        LossScaleOptimizer(torch.optim.SGD([weight]), max_norm=max_norm)
+
+
+def test_a_loss_that_does_not_require_grad(weight, optimizer):
+    with pytest.raises(LossScaleError, match="does not require grad"):
+        optimizer.backward(weight.detach().sum())
+    with torch.no_grad(), pytest.raises(LossScaleError, match="does not require grad"):
+        optimizer.scale(weight.sum())
+
+
+@pytest.mark.parametrize("loss", ["loss", 1.0, None, ["loss"]])
+def test_a_loss_that_is_no_tensor(optimizer, loss):
+    with pytest.raises(LossScaleError, match="must be a Tensor or an iterable of Tensors"):
+        optimizer.scale(loss)
+
+
+def test_float16_parameters_are_refused_by_name(weight):
+    half = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    pattern = r"param_groups\[0\]\['params'\]\[1\] \('b'\), shape \(3,\).*float16.*float32"
+    with pytest.raises(LossScaleError, match=pattern):
+        LossScaleOptimizer(torch.optim.SGD([("a", weight), ("b", half)]))
+    LossScaleOptimizer(torch.optim.SGD([weight, half]), NoLossScale())
+
+
+def test_float16_parameters_of_a_new_group_are_refused_and_not_added(weight, optimizer):
+    half = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    with pytest.raises(LossScaleError, match=r"param_groups\[1\]\['params'\]\[0\]"):
+        optimizer.add_param_group({"params": [half]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_parameters_made_float16_later_are_refused_at_the_step(kind):
+    module = torch.nn.Linear(2, 1, bias=False)
+    optimizer = LossScaleOptimizer(kind(module.parameters()))
+    module.half()
+    before = module.weight.detach().clone()
+    optimizer.backward(module.weight.float().sum())
+    with pytest.raises(LossScaleError, match=r"float16"):
+        optimizer.step()
+    assert torch.equal(module.weight, before)
+
+
+def test_dict_subclasses_and_named_tuples_keep_their_type(weight, optimizer):
+    from collections import OrderedDict, namedtuple
+
+    Losses = namedtuple("Losses", "one two")
+    loss = weight.sum()
+    assert isinstance(optimizer.scale(Losses(loss, [loss])), Losses)
+    assert optimizer.scale(Losses(loss, [loss])).two[0].item() == 24.0
+    scaled = optimizer.scale(OrderedDict(a=loss, b={"c": (loss,)}))
+    assert type(scaled) is OrderedDict
+    assert scaled["b"]["c"][0].item() == 24.0
+    assert [x.item() for x in optimizer.scale(loss for _ in range(2))] == [24.0, 24.0]
+
+
+def test_the_scale_of_the_policies_is_taken(weight):
+    other = torch.nn.Parameter(torch.ones(1))
+
+    def wanted(**policies):
+        for parameter, policy in zip((weight, other), policies.values(), strict=False):
+            registry.register(parameter, policy)
+        return LossScaleOptimizer(torch.optim.SGD([weight, other])).loss_scale
+
+    assert wanted() == DynamicLossScale()
+    assert wanted(a=Policy("mixed_bfloat16")) == NoLossScale()
+    assert wanted(a=Policy("mixed_float16", loss_scale=64)) == FixedLossScale(64)
+    both = {"a": Policy("mixed_float16", loss_scale=64), "b": Policy("float32")}
+    assert wanted(**both) == FixedLossScale(64)
+    with pytest.raises(PolicyError, match=r"FixedLossScale.*DynamicLossScale|Dynamic.*Fixed"):
+        wanted(a=Policy("mixed_float16", loss_scale=64), b=Policy("mixed_float16"))
+    registry.forget(weight)
+    registry.forget(other)
+    assert wanted() == DynamicLossScale()
+    assert PolicyMap("mixed_float16").loss_scale == DynamicLossScale()
+
+
+def test_the_registry_does_not_keep_parameters_alive():
+    import gc
+    import weakref
+
+    parameter = torch.nn.Parameter(torch.ones(1))
+    registry.register(parameter, Policy("float32"))
+    reference = weakref.ref(parameter)
+    del parameter
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"), [("dynamic", DynamicLossScale()), (64, FixedLossScale(64))]
+)
+def test_a_given_scale_wins_over_the_policies(weight, value, rule):
+    registry.register(weight, Policy("mixed_bfloat16"))
+    assert LossScaleOptimizer(torch.optim.SGD([weight]), value).loss_scale == rule
