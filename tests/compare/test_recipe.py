@@ -37,7 +37,10 @@ def test_a_misspelt_function_is_guessed(recipe):
 @pytest.mark.parametrize(
     ("added", "said"),
     [
-        ("def make_model(width): return None", r"make_model\(width\) must be callable as make_mode"),
+        (
+            "def make_model(width): return None",
+            r"make_model\(width\) must be callable as make_mode",
+        ),
         ("def loss(model): return None", r"must be callable as loss\(model, batch\)"),
         ("def setup(): return None", r"must be callable as setup\(seed, device\)"),
         ("evaluate = 3", r"no function evaluate\(model\)"),

@@ -1,0 +1,101 @@
+"""The page in a real browser: it must draw every plot and reach for nothing."""
+
+import http.server
+import re
+import shutil
+import subprocess
+import threading
+
+import pytest
+
+from halfstep import report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the PATH"),
+]
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Return a function that opens a page and returns what the browser made of it."""
+
+    def run(page, *options):
+        (tmp_path / "page.html").write_text(page)
+        command = [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
+            "--enable-logging=stderr", "--hide-scrollbars", *options, (tmp_path / "page.html").as_uri(),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        return done.stdout, console
+
+    return run
+
+
+@pytest.fixture
+def server():
+    """A web server on this machine and the list of what was asked of it."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_every_plot_is_drawn_and_the_console_is_silent(browse, summary):
+    dom, console = browse(report.render(summary()), "--dump-dom")
+    assert console == []
+    assert 'data-plots="12"' in dom
+    # the plots that hold a drawing, not only a place for one
+    drawn = re.findall(r'id="(plot-\d-\d)"[^>]*class="plot js-plotly-plot"', dom) or re.findall(
+        r'class="plot js-plotly-plot"[^>]*id="(plot-\d-\d)"', dom
+    )
+    assert len(set(drawn)) == 12
+    assert dom.count('class="main-svg"') >= 12
+    assert dom.count('class="point"') > 12  # bars and markers
+
+
+def test_a_screenshot_is_no_empty_page(browse, summary, tmp_path):
+    shot = tmp_path / "page.png"
+    browse(report.render(summary()), f"--screenshot={shot}", "--window-size=1200,1600")
+    assert shot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert shot.stat().st_size > 40_000  # white paper of this size has 8 kB
+
+
+def test_the_page_is_as_wide_as_a_phone(browse, summary):
+    probe = "<script>document.title = 'width ' + document.documentElement.scrollWidth</script>"
+    page = report.render(summary()).replace("</body>", probe + "</body>")
+    dom, _ = browse(page, "--dump-dom", "--window-size=500,900")
+    assert re.search(r"<title>width (\d+)</title>", dom)[1] == "500"
+
+
+def test_no_request_is_possible_whatever_is_put_into_the_page(browse, summary, server):
+    address, asked = server
+    page = report.render(summary())
+    bad = (
+        f'<img src="{address}/image"><link rel="stylesheet" href="{address}/style">'
+        f'<script src="{address}/script"></script><script>fetch("{address}/fetch")</script>'
+    )
+    tempted = page.replace("</main>", bad + "</main>")
+    browse(tempted, "--dump-dom")
+    assert asked == []
+    # without the policy the browser does ask, so that this test can fail
+    browse(re.sub(r"<meta http-equiv[^>]*>", "", tempted), "--dump-dom")
+    assert "/image" in asked
