@@ -55,6 +55,7 @@ _WEIGHTS = {
     "low": "{compute}",
     "low on cpu": "{compute} on a CPU; elsewhere autocast casts them",
     "low off cpu": "float32 on a CPU, else {compute}",
+    "rows": "float32, then the rows are cast",
     "float32": "float32",
 }
 _INSIDE = {
@@ -99,8 +100,6 @@ def _uses(rule: rules.Rule) -> tuple[str, str, str]:
     weights = _WEIGHTS[rule.weights].format(compute="compute dtype")
     if rule.name in ("plain", "loss"):
         weights = "–"
-    if rule.name == "embedding":
-        weights = "float32, then the rows are cast"
     return _INPUTS[rule.inputs], weights, _INSIDE[rule.inside]
 
 
