@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import HalfstepError
 from ..recipes import BUILT_IN
 
 if TYPE_CHECKING:
@@ -87,8 +86,6 @@ def compare(
         settings = Settings(steps, epochs, seed, device, memory)
         at = _record_path(record, json_file, html_file)
         code = _run(recipes, policies, settings, at, json_file, html_file)
-    except HalfstepError as error:
-        raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         code = INTERRUPTED
     sys.exit(code)
@@ -126,7 +123,8 @@ def _run(
     from ..compare.display import Progress, print_summary
 
     if html_file is not None:
-        _need_report()
+        # what the page needs and is not installed is told before the training, not after it
+        from .. import report as report
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 100)
@@ -150,16 +148,6 @@ def _quiet_checks() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _need_report() -> None:
-    """Say before the training, not after it, that the page cannot be made."""
-    try:
-        from .. import report as report
-    except ImportError as error:
-        raise click.ClickException(
-            f"--html needs what pip install 'halfstep[report]' brings: {error}."
-        ) from None
 
 
 def _write(

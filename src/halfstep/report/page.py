@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
 import jinja2
+import plotly
 from markupsafe import Markup
 
 from ..compare.figures import bytes_in_words, rows
@@ -127,9 +127,8 @@ def _in_script(value: Any) -> Markup:
 
 @cache
 def _plotly_js() -> str:
-    return (
-        resources.files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8")
-    )
+    path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+    return path.read_text(encoding="utf-8")
 
 
 @cache
