@@ -67,6 +67,12 @@ def test_sharded_gradients_need_a_group_and_are_unscaled_with_one(alone):
     lonely.backward((weight * weight).sum().full_tensor())
     with pytest.raises(LossScaleError, match="pass process_group="):
         lonely.step()
+    clipping = LossScaleOptimizer(
+        torch.optim.AdamW([weight]), 64, max_norm=1.0, process_group=alone
+    )
+    clipping.backward((weight * weight).sum().full_tensor())
+    with pytest.raises(LossScaleError, match="by the norm of its own shards"):
+        clipping.step()
     weight.grad = None
     twin = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     bare = torch.optim.AdamW([twin], lr=0.1)

@@ -7,7 +7,7 @@ behind an event, and looked at once the event has passed: a few steps later, for
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,22 +46,37 @@ class _HostReader:
 
 
 class _DeviceReader:
-    """Copies the state into pinned memory behind an event and looks when the event has passed."""
+    """Copies the state into pinned memory behind an event and looks when the event has passed.
 
-    def __init__(self, device: torch.device) -> None:
-        self._make_event: Any = torch.get_device_module(device).Event
-        self._slots = torch.empty(_SLOTS, 4, pin_memory=True)
-        self._free = deque(range(_SLOTS))
+    Args:
+        slots: pinned memory of shape (n, 4), a row for each state that is on its way.
+        mark: makes an event that passes when what was asked of the device so far is done.
+    """
+
+    def __init__(self, slots: Tensor, mark: Callable[[], Any]) -> None:
+        self._slots = slots
+        self._mark = mark
+        self._free = deque(range(len(slots)))
         self._sent: deque[tuple[int, int, Any]] = deque()
+
+    @classmethod
+    def on(cls, device: torch.device) -> _DeviceReader:
+        """Return a reader of states on ``device``."""
+        module = torch.get_device_module(device)
+
+        def mark() -> Any:
+            event = module.Event()
+            event.record(module.current_stream(device))
+            return event
+
+        return cls(torch.empty(_SLOTS, 4, pin_memory=True), mark)
 
     def send(self, step: int, packed: Tensor) -> None:
         if not self._free:
-            return  # 64 steps behind: leave this one out rather than wait; counts are cumulative
+            return  # that far behind: leave this one out rather than wait; counts are cumulative
         slot = self._free.popleft()
         self._slots[slot].copy_(packed, non_blocking=True)
-        event = self._make_event()
-        event.record()
-        self._sent.append((step, slot, event))
+        self._sent.append((step, slot, self._mark()))
 
     def arrived(self, wait: bool) -> Iterator[tuple[int, LossScaleState]]:
         while self._sent and (wait or self._sent[0][2].query()):
@@ -86,7 +101,7 @@ class History:
         if self._reader is None or packed.device != self._device:
             self._device = packed.device
             on_host = packed.device.type == "cpu"
-            self._reader = _HostReader() if on_host else _DeviceReader(packed.device)
+            self._reader = _HostReader() if on_host else _DeviceReader.on(packed.device)
         self._reader.send(step, packed)
         return self._receive(wait=False)
 

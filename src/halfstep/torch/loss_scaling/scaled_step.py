@@ -1,0 +1,347 @@
+"""How a step is scaled, judged and taken: the inside of `LossScaleOptimizer`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ...core.loss_scale import LossScale
+from ...errors import LossScaleError, LossScaleExhausted
+from . import checkpoint
+from .closures import Closure, NotFinite, evaluates_once, step_or_restore
+from .fusion import FusedSwitch
+from .gradients import Gradients, Verdict, blame, divide_, gather, judge
+from .guards import Leftovers, is_watched, refuse_foreign, refuse_more
+from .history import History, exhausted_message
+from .outputs import over_tensors, scaled
+from .proxy import OptimizerProxy
+from .state import ScaleState
+from .stepping import take_step
+
+Flag = tuple[Tensor, Tensor | None]
+"""Whether a gradient is not finite, and whether any rank has one (None: this one has)."""
+
+
+class Stage(Enum):
+    """Where a step stands."""
+
+    IDLE = "nothing was scaled since the last step"
+    SCALED = "a loss was scaled; the gradients are"
+    UNSCALED = "the gradients are unscaled"
+
+
+class ScaledStep(OptimizerProxy):
+    """An optimizer in front of another one, with a loss scale between the two.
+
+    Everything that happens from `scale` to `step`; construction, saving and the words of other
+    libraries are in :class:`~halfstep.torch.LossScaleOptimizer`.
+    """
+
+    max_norm: float | None
+    process_group: dist.ProcessGroup | None
+    _stage: Stage
+    _found: Tensor | None  # of unscaled gradients: what unscaling saw
+    _last_found: Tensor | None
+    _last_norm: Tensor | None
+
+    def _set_up(
+        self,
+        optimizer: Optimizer,
+        max_norm: float | None,
+        process_group: dist.ProcessGroup | None,
+        fusion: FusedSwitch,
+        saved: checkpoint.Saved,
+    ) -> None:
+        self._stand_before(optimizer)
+        self.max_norm = max_norm
+        self.process_group = process_group
+        self._fusion = fusion
+        self._guards: list[RemovableHandle] = []
+        self._leftovers = Leftovers()
+        self._continue_from(saved)
+
+    def _continue_from(self, saved: checkpoint.Saved) -> None:
+        self._state = ScaleState(saved.rule, saved.state)
+        self._history = History(saved.state, saved.history)
+        self._steps = saved.steps
+        self._stage = Stage.IDLE
+        self._found = self._last_found = self._last_norm = None
+        self._leftovers.forget()
+        self._unguard()
+
+    @property
+    def loss_scale(self) -> LossScale:
+        """The rule that makes the scale: a frozen value."""
+        return self._state.rule
+
+    # ------------------------------------------------------------------ scaling
+
+    def scale(self, loss: Any) -> Any:
+        """Return the loss times the scale, computed in float32.
+
+        Args:
+            loss: a tensor, or a nested list, tuple, dict or other iterable of tensors.
+
+        Returns:
+            The same structure; float16 and bfloat16 tensors come back in float32.
+
+        Raises:
+            LossScaleError: a loss that does not require grad, or is no floating tensor.
+        """
+        if not self.loss_scale.skips:
+            return loss
+        outputs = over_tensors(loss, self._scaled)
+        self._stage = Stage.SCALED if self._stage is Stage.IDLE else self._stage
+        return outputs
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        if not loss.requires_grad:
+            raise LossScaleError(
+                f"A loss of shape {tuple(loss.shape)}, {loss.dtype}, does not require grad: it was "
+                "computed under no_grad, detached, or from parameters that are frozen."
+            )
+        output = scaled(loss, self._scale_now())
+        if self._leftovers:
+            check: Any = self._leftovers.check(self.inner_optimizer)
+            output.register_hook(check)  # type: ignore[no-untyped-call]
+        return output
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Scale the loss and run ``backward(**kwargs)`` on it.
+
+        With ``inputs=`` only these tensors receive gradients: where two losses share a graph (a
+        GAN), that keeps one optimizer's scale out of the other's gradients.
+        """
+        self.scale(loss).backward(**kwargs)
+
+    def unscale_(self) -> None:
+        """Divide the gradients by the scale now, in place; a second call does nothing.
+
+        `step` does it by itself. Call it before you look at the gradients or change them.
+
+        Raises:
+            LossScaleError: gradients that were never scaled. And until the step or `zero_grad`,
+                a ``backward`` that adds to the gradients raises: its own would be scaled.
+        """
+        if not self.loss_scale.skips or self._stage is Stage.UNSCALED:
+            return
+        grads = self._gather()
+        if not grads:
+            return
+        verdict = judge(grads, self._scale_now(), None, self._home())
+        divide_(grads, verdict.divisor)
+        self._found = verdict.found
+        self._stage = Stage.UNSCALED
+        self._guards = refuse_more(self.inner_optimizer)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the inner optimizer does."""
+        self.inner_optimizer.zero_grad(set_to_none)
+        self._leftovers.forget()
+        self._unguard()
+        if self._stage is Stage.UNSCALED:
+            self._stage = Stage.IDLE
+
+    # ------------------------------------------------------------------ stepping
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """Unscale, check, clip, and let the inner optimizer step if all gradients are finite.
+
+        Args:
+            closure: evaluates the loss, scales it through this optimizer, runs backward, and
+                returns the loss (the unscaled one). It is called once, or as often as the inner
+                optimizer wants (LBFGS); then each evaluation is unscaled and checked, and one
+                that is not finite takes back the whole step.
+
+        Returns:
+            What the closure returned first, or None.
+
+        Raises:
+            LossScaleError: gradients, and nothing was scaled since the last step.
+            LossScaleExhausted: a smaller scale can no longer help. On an accelerator it comes a
+                few steps late, because nothing waits for it.
+        """
+        if closure is not None and not evaluates_once(self.inner_optimizer):
+            return self._step_evaluating(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step(closure)
+        return loss
+
+    def _step(self, closure: Closure | None) -> None:
+        if is_watched(self) or is_watched(self.inner_optimizer):
+            self.unscale_()
+        self._before_step(closure)
+        if self.loss_scale.skips:
+            self._decide_and_step()
+        else:
+            self._clip_only()
+            self.inner_optimizer.step()
+        self._after_step(closure)
+
+    def _decide_and_step(self) -> None:
+        grads = self._gather()
+        if not grads and self.process_group is None:
+            self._last_found = None
+            self._end()
+            return
+        self._fusion.follow(grads.sparse)
+        verdict = self._verdict(grads)
+        found, taken = self._agree(verdict.found, bool(grads))
+        take_step(self.inner_optimizer, grads, found, verdict.divisor)
+        self._last_norm = verdict.norm if self.max_norm is not None else None
+        self._record(found, taken)
+
+    def _verdict(self, grads: Gradients) -> Verdict:
+        """Judge the gradients as they are: still scaled, or unscaled and perhaps changed since."""
+        if self._found is None:
+            return judge(grads, self._scale_now(), self.max_norm, self._home())
+        if self.max_norm is None:
+            return Verdict(self._found, None, None)
+        verdict = judge(grads, self._one(), self.max_norm, self._home())
+        return Verdict(torch.maximum(verdict.found, self._found), verdict.divisor, verdict.norm)
+
+    def _agree(self, found: Tensor, present: bool) -> Flag:
+        """Take the largest flag of all ranks; a rank without gradients has nothing against it."""
+        if self.process_group is None:
+            return found, None
+        flags = torch.stack([found, torch.full_like(found, float(present))])
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.process_group)
+        return flags[0], flags[1] > 0
+
+    def _record(self, found: Tensor, taken: Tensor | None) -> None:
+        self._steps += 1
+        self._last_found = found
+        packed = self._state.advance(found, taken)
+        self._end()
+        for row in self._history.record(self._steps, packed):
+            if self.loss_scale.exhausted(row):
+                raise LossScaleExhausted(
+                    exhausted_message(self.loss_scale, row, blame(self.inner_optimizer))
+                )
+
+    def _end(self) -> None:
+        self._found = None
+        self._stage = Stage.IDLE
+        self._unguard()
+        self._leftovers.note(self.inner_optimizer)
+
+    def _clip_only(self) -> None:
+        """Clip without a scale; what is not finite stays so, as with ``clip_grad_norm_``."""
+        if self.max_norm is None:
+            return
+        grads = gather(self.inner_optimizer, allow_float16=True)
+        self._refuse_sharded(grads)
+        if grads:
+            verdict = judge(grads, self._one(), self.max_norm, self._home())
+            divide_(grads, verdict.divisor)
+            self._last_norm = verdict.norm
+
+    # ------------------------------------------------------------------ closures
+
+    def _step_evaluating(self, closure: Closure) -> Any:
+        """Let the inner optimizer evaluate the closure as often as it wants."""
+        if not self.loss_scale.skips:
+            self._before_step(closure)
+            loss: Any = self.inner_optimizer.step(self._evaluation(closure, []))
+            self._after_step(closure)
+            return loss
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+            raise LossScaleError(
+                f"{type(self.inner_optimizer).__name__} evaluates its closure itself, so hooks "
+                "on the step cannot see its gradients. Register them on inner_optimizer."
+            )
+        flags: list[Flag] = []
+        result = None
+        # gradients that were there before belong to the step too (sharpness-aware ones use them)
+        if self._ready(Gradients() if self._stage is Stage.IDLE else self._gather(), flags):
+            result = step_or_restore(self.inner_optimizer, self._evaluation(closure, flags))
+        if flags:
+            self._record(*flags[-1])
+        return result
+
+    def _evaluation(self, closure: Closure, flags: list[Flag]) -> Closure:
+        def evaluate() -> Any:
+            self._unguard()
+            self._leftovers.forget()
+            self._found = None
+            self._stage = Stage.IDLE
+            with torch.enable_grad():
+                loss = closure()
+            if not self.loss_scale.skips:
+                self._clip_only()
+            elif not self._ready(self._gather(), flags):
+                raise NotFinite
+            return loss
+
+        return evaluate
+
+    def _ready(self, grads: Gradients, flags: list[Flag]) -> bool:
+        """Unscale and clip the gradients in place; say, by one host read, if they are finite."""
+        if not grads and self.process_group is None:
+            return True
+        verdict = self._verdict(grads)
+        flag = self._agree(verdict.found, bool(grads))
+        divide_(grads, verdict.divisor)
+        self._last_norm = verdict.norm if self.max_norm is not None else None
+        flags.append(flag)
+        return not flag[0].item()
+
+    # ------------------------------------------------------------------ small parts
+
+    def _home(self) -> torch.device:
+        """The device of the parameters, where the state lives."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                device: torch.device = parameter.device
+                return device
+        return torch.device("cpu")
+
+    def _scale_now(self) -> Tensor:
+        return self._state.on(self._home())[0]
+
+    def _one(self) -> Tensor:
+        return torch.ones((), device=self._home())
+
+    def _gather(self) -> Gradients:
+        """Return the gradients, or raise before anything is touched."""
+        optimizer = self.inner_optimizer
+        grads = gather(optimizer)
+        if grads and self._stage is Stage.IDLE:
+            raise LossScaleError(
+                "There are gradients, but no loss was scaled since the last step: they would be "
+                "divided by a scale that they never had. Use optimizer.backward(loss), or "
+                "optimizer.scale(loss).backward()."
+            )
+        refuse_foreign(optimizer, grads)
+        self._refuse_sharded(grads)
+        return grads
+
+    def _refuse_sharded(self, grads: Gradients) -> None:
+        if not grads.sharded:
+            return
+        if self.loss_scale.skips and self.process_group is None:
+            raise LossScaleError(
+                "The gradients are DTensors, sharded over ranks: pass process_group= so that all "
+                "ranks agree on skipping."
+            )
+        if self.max_norm is not None:
+            raise LossScaleError(
+                "The gradients are DTensors, sharded over ranks: max_norm= would clip every rank "
+                "by the norm of its own shards. Leave it out, and call unscale_() and "
+                "torch.nn.utils.clip_grad_norm_() before step()."
+            )
+
+    def _unguard(self) -> None:
+        for guard in self._guards:
+            guard.remove()
+        self._guards = []
