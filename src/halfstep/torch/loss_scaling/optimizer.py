@@ -17,9 +17,8 @@ from ...errors import LossScaleError
 from ..registry import loss_scale_of
 from . import checkpoint
 from .fusion import FusedSwitch
-from .gradients import judge, moved, refuse_float16
+from .gradients import judge, moved, refuse_float16, widened
 from .history import ScaleEvent
-from .outputs import widened
 from .scaled_step import ScaledStep, Stage
 
 

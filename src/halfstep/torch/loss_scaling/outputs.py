@@ -5,26 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...errors import LossScaleError
-from .gradients import moved
-
-HALVES = (torch.float16, torch.bfloat16)
+from .gradients import moved, widened
 
 
 class OutputsError(LossScaleError, ValueError):
     """Something that is not made of tensors. A ValueError too, as torch.amp raises."""
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in float32 if it has 16 bits, else as it is.
-
-    >>> widened(torch.ones(2, dtype=torch.float16)).dtype
-    torch.float32
-    """
-    return tensor.float() if tensor.dtype in HALVES else tensor
 
 
 def scaled(tensor: Tensor, scale: Tensor) -> Tensor:
@@ -41,6 +29,7 @@ def over_tensors(value: Any, apply: Callable[[Tensor], Tensor]) -> Any:
     Raises:
         OutputsError: something in it that is neither a tensor nor an iterable of them.
 
+    >>> import torch
     >>> over_tensors({"a": torch.ones(1), "b": (torch.ones(1),)}, lambda x: x * 2)
     {'a': tensor([2.]), 'b': (tensor([2.]),)}
     """
