@@ -1,0 +1,101 @@
+"""``python -m benchmarks``: measure, print, and write the results and the page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import pages, suite
+from .machine import describe, sentence, slug
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=("steps", "models"), default="steps")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing, a model")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
+    parser.add_argument("--no-page", action="store_true", help="leave docs/ as it is")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.getLogger("halfstep").setLevel(logging.ERROR)
+    {"steps": steps, "models": models}[options.what](options)
+
+
+def steps(options: argparse.Namespace) -> None:
+    """Benchmarks against torch.amp."""
+    begin = time.perf_counter()
+    machine = describe(options.device)
+    print(sentence(machine))
+    results = {
+        "machine": machine,
+        "micro_batches": suite.MICRO_BATCHES,
+        "host_reads": suite.host_reads(options.device, print),
+        "host_time": suite.host_time(options.device, options.seconds, print),
+        "accumulation": suite.accumulation(options.device, print),
+        "steps": suite.steps(options.device, options.seconds, print),
+    }
+    for table, about in pages.step_tables(results):
+        table.show()
+        print(about)
+    for table in (
+        pages.host_table(results),
+        pages.accumulation_table(results),
+        pages.reads_table(results),
+        pages.worse_table(results),
+    ):
+        table.show()
+    print(pages.EMULATED)
+    name = slug(machine)
+    _write(ROOT / "benchmarks" / "results" / f"{name}.json", results)
+    if not options.no_page:
+        _page(ROOT / "docs" / "benchmarks.md", pages.page(results))
+    print(f"{time.perf_counter() - begin:.0f} s in all")
+
+
+def models(options: argparse.Namespace) -> None:
+    """Errors and casts on models of transformers."""
+    from . import model_table
+
+    machine = describe(options.device)
+    results = {"machine": machine} | model_table.measure(options.device, print)
+    for table in model_table.tables(results):
+        table.show()
+    _write(ROOT / "benchmarks" / "results" / f"{slug(machine)}-models.json", results)
+    if not options.no_page:
+        _page(ROOT / "docs" / "torch-models.md", model_table.page(results))
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(_rounded(results), indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+def _page(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""What is measured in a step: casts, bytes kept for backward, host reads, time."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
+
+from .styles import Optimizing, Style
+from .workloads import Batch, Workload
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Cast:
+    """One cast that was launched.
+
+    Attributes:
+        phase: "forward", "backward" or "optimizer".
+        before, after: dtypes, in words.
+        shape: of the tensor; of the first one of a group.
+        moved: bytes read and written.
+        tensors: how many tensors it casts: more than one in a grouped copy.
+        module: the innermost module it happened in, as far as it is known.
+    """
+
+    phase: str
+    before: str
+    after: str
+    shape: tuple[int, ...]
+    moved: int
+    tensors: int
+    module: str
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation below autograd and autocast, as it reaches the device."""
+
+    def __init__(self, where: Callable[[], str] = lambda: "") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.where = where
+        self.phase = "forward"
+        self.casts: list[Cast] = []
+        self.groups: list[Cast] = []
+        self.host_reads = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        operation = func.overloadpacket
+        if operation is aten._to_copy:
+            self._cast([(args[0], result)], self.casts)
+        elif operation is aten.copy_:
+            self._cast([(args[1], args[0])], self.casts)
+        elif operation is aten._foreach_copy_:
+            self._cast(list(zip(args[1], args[0], strict=True)), self.groups)
+        elif operation is aten._local_scalar_dense:
+            self.host_reads += 1
+        return result
+
+    def _cast(self, pairs: list[tuple[Tensor, Tensor]], seen: list[Cast]) -> None:
+        changed = [
+            (old, new)
+            for old, new in pairs
+            if old.dtype is not new.dtype and old.is_floating_point() and new.is_floating_point()
+        ]
+        if not changed:
+            return
+        (old, new), moved = changed[0], sum(_bytes(*pair) for pair in changed)
+        before, after = (str(tensor.dtype).removeprefix("torch.") for tensor in (old, new))
+        shape = tuple(new.shape)
+        cast = Cast(self.phase, before, after, shape, moved, len(changed), self.where())
+        seen.append(cast)
+
+
+class Saved:
+    """Bytes that a forward pass keeps for the backward pass, each storage counted once.
+
+    Storages of the model's own parameters and buffers do not count; 16-bit copies of them do.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        own = [*model.parameters(), *model.buffers()]
+        self._known = {tensor.untyped_storage()._cdata for tensor in own}
+        self._kept: list[torch.UntypedStorage] = []  # alive, so that no address is used twice
+        self.bytes = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            self._kept.append(storage)
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def _unpack(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one optimizer step does.
+
+    Attributes:
+        casts: casts that change a float's dtype, one tensor each, by phase.
+        cast_bytes: bytes that these read and write.
+        groups: casts of many tensors in one call.
+        group_bytes: bytes that those read and write.
+        saved_bytes: bytes kept for backward; of the last micro-batch.
+        host_reads: reads of a value on the host that are visible to the dispatcher.
+    """
+
+    casts: Mapping[str, int]
+    cast_bytes: int
+    groups: int
+    group_bytes: int
+    saved_bytes: int
+    host_reads: int
+
+
+@dataclass
+class Training:
+    """A model on its way through training in one style."""
+
+    workload: Workload
+    style: Style
+    device: str
+    model: nn.Module
+    batch: Batch
+    optimizing: Optimizing
+    micro_batches: int = 1
+    around: Callable[[], Any] = nullcontext
+
+    def step(self, observer: Observer | None = None) -> None:
+        """Take one optimizer step."""
+        with self.around():
+            for _ in range(self.micro_batches):
+                _enter(observer, "forward")
+                with self.style.forward(self.device):
+                    loss = self.workload.loss(self.model(self.batch[0]), self.batch[1])
+                _enter(observer, "backward")
+                self.optimizing.backward(loss)
+        _enter(observer, "optimizer")
+        self.optimizing.step()
+
+
+def _enter(observer: Observer | None, phase: str) -> None:
+    if observer is not None:
+        observer.phase = phase
+
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def fused_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of every measurement that is not about optimizers."""
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+
+def start(
+    workload: Workload,
+    style: Style,
+    device: str = "cpu",
+    optimizer: MakeOptimizer = fused_adamw,
+    max_norm: float | None = None,
+) -> Training:
+    """Return a training that is ready for its first step."""
+    model = style.prepare(workload.build(device))
+    optimizing = style.optimize(optimizer(list(model.parameters())), device, max_norm)
+    return Training(workload, style, device, model, workload.data(device), optimizing)
+
+
+def observe(training: Training) -> Observer:
+    """Take one step under the eyes of an observer who knows the modules; not for timing."""
+    tracker = ModuleTracker()
+
+    def where() -> str:
+        inside = tracker.parents - {"Global"}
+        return max(inside, key=len, default="")
+
+    observer = Observer(where)
+    with tracker, observer:
+        training.step(observer)
+    return observer
+
+
+def count(training: Training) -> Counts:
+    """Take a step to warm up and one to count in."""
+    training.step()
+    saved, observer = Saved(training.model), Observer()
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, _unpack), observer:
+        training.step(observer)
+    phases = ("forward", "backward", "optimizer")
+    return Counts(
+        casts={phase: sum(c.phase == phase for c in observer.casts) for phase in phases},
+        cast_bytes=sum(cast.moved for cast in observer.casts),
+        groups=len(observer.groups),
+        group_bytes=sum(cast.moved for cast in observer.groups),
+        saved_bytes=saved.bytes // training.micro_batches,
+        host_reads=observer.host_reads,
+    )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a step takes, next to the same step in float32 in the same round.
+
+    Attributes:
+        seconds: the median of a step.
+        ratio: the median over the rounds of time / float32's time.
+        low, high: the quartiles of that ratio.
+        rounds: how many there were.
+    """
+
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+
+
+def time_together(
+    trainings: Sequence[Training], *, seconds: float, steps: int = 1, fewest: int = 5
+) -> dict[str, Timing]:
+    """Time trainings in turns, the first one being what the others are compared with.
+
+    Every round times each training once, in an order that rotates, so that what else the
+    machine does meets all of them.
+
+    Args:
+        seconds: how long to go on, all trainings together.
+        steps: steps of one measurement.
+        fewest: rounds at least.
+    """
+    for training in trainings:
+        training.step()
+    took: dict[str, list[float]] = {training.style.name: [] for training in trainings}
+    begin = time.perf_counter()
+    order = list(trainings)
+    gc.collect()
+    gc.disable()
+    try:
+        while len(took[trainings[0].style.name]) < fewest or time.perf_counter() - begin < seconds:
+            for training in order:
+                took[training.style.name].append(_time(training, steps))
+            order.append(order.pop(0))
+    finally:
+        gc.enable()
+    base = took[trainings[0].style.name]
+    return {name: _timing(times, base) for name, times in took.items()}
+
+
+def _time(training: Training, steps: int) -> float:
+    # processor time on a CPU: what else runs on the machine does not count in it
+    clock = time.process_time if training.device == "cpu" else time.perf_counter
+    synchronize(training.device)
+    begin = clock()
+    for _ in range(steps):
+        training.step()
+    synchronize(training.device)
+    return (clock() - begin) / steps
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device: a launch returns before the work is done."""
+    if device != "cpu":
+        torch.accelerator.synchronize(torch.device(device))
+
+
+def _timing(times: list[float], base: list[float]) -> Timing:
+    ratios = [mine / other for mine, other in zip(times, base, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return Timing(statistics.median(times), middle, low, high, len(ratios))

@@ -1,0 +1,116 @@
+"""The measurements of ``python -m benchmarks``, as plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from halfstep.torch import weights_unchanged
+
+from .measures import MakeOptimizer, Training, count, start, time_together
+from .styles import Style, styles_of
+from .workloads import TINY, Workload, workloads_for
+
+Row = dict[str, Any]
+Say = Callable[[str], None]
+
+MICRO_BATCHES = 4
+
+
+def steps(device: str, seconds: float, say: Say) -> list[Row]:
+    """Casts, bytes and time of a step, for every workload in every style."""
+    rows: list[Row] = []
+    for workload in workloads_for(device):
+        say(f"{workload.name}: {workload.about}")
+        trainings = [start(workload, style, device) for style in styles_of(device)]
+        counted = [count(training) for training in trainings]
+        timed = [training for training in trainings if training.style.timed]
+        times = time_together(timed, seconds=seconds)
+        for training, counts in zip(trainings, counted, strict=True):
+            row = _row(workload, training.style) | dataclasses.asdict(counts)
+            timing = times.get(training.style.name)
+            rows.append(row | {"time": None if timing is None else dataclasses.asdict(timing)})
+    return rows
+
+
+def host_time(device: str, seconds: float, say: Say) -> list[Row]:
+    """Time of a step that is all host and no arithmetic."""
+    rows: list[Row] = []
+    for workload in TINY:
+        say(f"{workload.name}: {workload.about}")
+        styles = [style for style in styles_of(device) if style.timed]
+        trainings = [start(workload, style, device) for style in styles]
+        times = time_together(trainings, seconds=seconds, steps=5, fewest=9)
+        rows += [
+            _row(workload, style) | {"time": dataclasses.asdict(times[style.name])}
+            for style in styles
+        ]
+    return rows
+
+
+def accumulation(device: str, say: Say) -> list[Row]:
+    """Casts of an optimizer step over several micro-batches."""
+    workload = workloads_for(device)[0]
+    say(f"{workload.name}, {MICRO_BATCHES} micro-batches a step")
+    rows: list[Row] = []
+    for style in styles_of(device):
+        if style.dtype is not torch.bfloat16:
+            continue
+        for kept in (False, True) if style.kind == "halfstep" else (False,):
+            training = start(workload, style, device)
+            training.micro_batches = MICRO_BATCHES
+            if kept:
+                training.around = _unchanged(training)
+            label = {"style": style.name + (", weights_unchanged" if kept else "")}
+            counts = dataclasses.asdict(count(training))
+            rows.append(_row(workload, style) | counts | label)
+    return rows
+
+
+def _unchanged(training: Training) -> Callable[[], Any]:
+    return lambda: weights_unchanged(training.model)
+
+
+Optimizers = Iterable[tuple[str, MakeOptimizer]]
+
+OPTIMIZERS: Optimizers = (
+    ("AdamW", lambda p: torch.optim.AdamW(p, 1e-4)),
+    ("AdamW(fused=True)", lambda p: torch.optim.AdamW(p, 1e-4, fused=True)),
+    ("SGD", lambda p: torch.optim.SGD(p, 1e-4)),
+    ("Adagrad", lambda p: torch.optim.Adagrad(p, 1e-4)),
+    ("RMSprop", lambda p: torch.optim.RMSprop(p, 1e-4)),
+    ("NAdam", lambda p: torch.optim.NAdam(p, 1e-4)),
+)
+
+
+def host_reads(device: str, say: Say) -> list[Row]:
+    """Values that a step in float16 reads on the host, for several optimizers."""
+    say("host reads of a step with float16 and a dynamic loss scale")
+    styles = (
+        Style("float32"),
+        Style("torch.amp", torch.float16),
+        Style("halfstep", torch.float16, "compute"),
+    )
+    rows: list[Row] = []
+    for name, optimizer in OPTIMIZERS:
+        for max_norm in (None, 1.0):
+            reads = {
+                style.kind: count(start(TINY[0], style, device, optimizer, max_norm)).host_reads
+                for style in styles
+            }
+            rows.append({"optimizer": name, "max_norm": max_norm, "reads": reads})
+    return rows
+
+
+def _row(workload: Workload, style: Style) -> Row:
+    return {
+        "workload": workload.name,
+        "about": workload.about,
+        "style": style.name,
+        "kind": style.kind,
+        "dtype": str(style.dtype).removeprefix("torch."),
+        "functional": style.functional,
+    }
