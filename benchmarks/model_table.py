@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .machine import sentence
 from .measures import Observer
 from .styles import LOW, Style
 from .tables import Table
-from .zoo import ZOO, Case
+from .zoo import ZOO, Case, case_named
 
 Row = dict[str, Any]
 
@@ -26,25 +27,67 @@ def measure(device: str, say: Callable[[str], None]) -> Row:
     for case in ZOO:
         say(case.name)
         for attention in case.attentions or (None,):
-            exact, exact_gradient, _ = _run(case, attention, Style("float32"), device)
-            for style in _styles():
-                output, gradient, observer = _run(case, attention, style, device)
-                rows.append(
-                    {
-                        "model": case.name,
-                        "class": case.model,
-                        "attention": attention,
-                        "dtype": str(style.dtype).removeprefix("torch."),
-                        "side": style.functional or "torch.amp",
-                        "output_error": _error(output, exact),
-                        "gradient_error": _error(gradient, exact_gradient),
-                        "casts": len(observer.casts),
-                        "cast_bytes": sum(cast.moved for cast in observer.casts),
-                        "groups": len(observer.groups),
-                        "group_bytes": sum(cast.moved for cast in observer.groups),
-                    }
-                )
-    return {"loss_scale": LOSS_SCALE, "rows": rows}
+            exact = _run(case, attention, Style("float32"), device)
+            rows += [
+                _label(case, attention, style)
+                | _compare(_run(case, attention, style, device), exact)
+                for style in _styles()
+            ]
+    return {
+        "loss_scale": LOSS_SCALE,
+        "rows": rows,
+        "residual": [_with_float32_stream(name, device) for name in FLOAT32_STREAM],
+    }
+
+
+def _label(case: Case, attention: str | None, style: Style) -> Row:
+    return {
+        "model": case.name,
+        "class": case.model,
+        "attention": attention,
+        "dtype": str(style.dtype).removeprefix("torch."),
+        "side": style.functional or "torch.amp",
+    }
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward and backward pass gave and did."""
+
+    output: Tensor
+    loss: float
+    gradient: Tensor
+    observer: Observer
+
+
+def _compare(low: Pass, exact: Pass) -> Row:
+    casts, groups = low.observer.casts, low.observer.groups
+    return {
+        "output_error": _error(low.output, exact.output),
+        "loss_error": abs(low.loss / exact.loss - 1),
+        "gradient_error": _error(low.gradient, exact.gradient),
+        "casts": len(casts),
+        "cast_bytes": sum(cast.moved for cast in casts),
+        "groups": len(groups),
+        "group_bytes": sum(cast.moved for cast in groups),
+    }
+
+
+FLOAT32_STREAM: dict[str, dict[str, str]] = {
+    "BERT": {r".*\.embeddings": "float32", r".*\.LayerNorm": "float32"},
+    "GPT-2": {r"transformer\.wte": "float32", r"transformer\.wpe": "float32"},
+    "Llama": {r"model\.embed_tokens": "float32"},
+}
+"""Overrides that keep the sum that runs through all layers in float32, as torch.autocast does:
+what it starts from, and what is applied to the sum itself."""
+
+
+def _with_float32_stream(name: str, device: str) -> Row:
+    case, attention = case_named(name), "sdpa"
+    exact = _run(case, attention, Style("float32"), device)
+    style = Style("halfstep", torch.float16, "autocast")
+    kept = _run(case, attention, style, device, FLOAT32_STREAM[name])
+    return {"model": name, "overrides": FLOAT32_STREAM[name]} | _compare(kept, exact)
 
 
 def _styles() -> Iterator[Style]:
@@ -55,9 +98,13 @@ def _styles() -> Iterator[Style]:
 
 
 def _run(
-    case: Case, attention: str | None, style: Style, device: str
-) -> tuple[Tensor, Tensor, Observer]:
-    model: nn.Module = style.prepare(case.build(attention).to(device))
+    case: Case,
+    attention: str | None,
+    style: Style,
+    device: str,
+    overrides: Mapping[str, str] | None = None,
+) -> Pass:
+    model: nn.Module = style.prepare(case.build(attention).to(device), overrides)
     inputs = {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in case.inputs().items()
@@ -69,12 +116,15 @@ def _run(
         observer.phase = "backward"
         (result.loss * LOSS_SCALE).backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return result[case.output].detach().float(), torch.cat(gradients) / LOSS_SCALE, observer
+    output = result[case.output].detach().float()
+    return Pass(output, float(result.loss), torch.cat(gradients) / LOSS_SCALE, observer)
 
 
 def _error(low: Tensor, exact: Tensor) -> float:
     return float((low - exact).norm() / exact.norm())
 
+
+EAGER_ONLY = frozenset(case.name for case in ZOO if case.attentions == ("eager",))
 
 SIDES = ("torch.amp", "autocast", "compute")
 
@@ -97,6 +147,37 @@ def _errors(results: Row, dtype: str) -> Table:
     return Table(f"mixed_{dtype}: errors relative to float32", head, rows, words=2)
 
 
+def _losses(results: Row) -> Table:
+    head = ["model", *SIDES]
+    low = [row for row in results["rows"] if row["dtype"] == "bfloat16"]
+    rows = [
+        [words[0], *(f"{sides[side]['loss_error']:.1e}" for side in SIDES)]
+        for words, sides in _by_model(low)
+        if words[1] != "eager" or words[0] in EAGER_ONLY
+    ]
+    return Table("losses that the models compute themselves (bfloat16)", head, rows)
+
+
+def _residual(results: Row) -> Table:
+    head = ["model", "overrides", "output, torch.amp", "autocast", "autocast with them"]
+    sides = {
+        words[0]: sides
+        for words, sides in _by_model([r for r in results["rows"] if r["dtype"] == "float16"])
+        if words[1] == "sdpa"
+    }
+    rows = [
+        [
+            row["model"],
+            ", ".join(f"`{path}`" for path in row["overrides"]),
+            f"{sides[row['model']]['torch.amp']['output_error']:.1e}",
+            f"{sides[row['model']]['autocast']['output_error']:.1e}",
+            f"{row['output_error']:.1e}",
+        ]
+        for row in results["residual"]
+    ]
+    return Table("a float32 residual stream (mixed_float16)", head, rows, words=2)
+
+
 def _casts(results: Row) -> Table:
     head = ["model", "attention", "torch.amp", "KB"]
     head += [cell for side in SIDES[1:] for cell in (side, "grouped", "KB")]
@@ -116,6 +197,8 @@ def _kb(row: Row) -> str:
 def tables(results: Row) -> Iterator[Table]:
     """Yield the tables of the page."""
     yield from (_errors(results, dtype) for dtype in ("float16", "bfloat16"))
+    yield _residual(results)
+    yield _losses(results)
     yield _casts(results)
 
 
@@ -149,9 +232,8 @@ What is larger than the rest, and why:
 
 - *Between torch.amp and a policy.* Under a policy, what embeddings and normalisations give is
   rounded to 16 bits, so the sum that runs through all layers is kept in 16 bits, where
-  `torch.autocast` keeps it in float32. That is where the fewer casts come from. It costs a factor
-  of up to 2 in the error of most models; where a model needs the digits,
-  `apply_policy(model, policy, {{"path.of.the.embedding": "float32"}})` keeps them.
+  `torch.autocast` keeps it in float32. Fewer casts and less memory come from that, and errors up
+  to twice as large in most models. Where a model needs the digits, overrides keep them, see below.
 - *T5* has ReLUs: a value that rounding moves over zero changes a gradient by a jump. With GELUs
   (T5 1.1) its error in float16 falls from 1.3e-2 to 2.0e-3.
 - *CLIP*'s loss contrasts two pairs, whose logits differ little: its gradient is what is left of
@@ -159,11 +241,36 @@ What is larger than the rest, and why:
 - *ResNet*'s batch norms see two images each: their gradient, too, is a difference of almost equal
   numbers. `torch.autocast` does the same arithmetic here, to the last bit.
 
+### A float32 residual stream
+
+With these overrides (all `"float32"`) and `functional="autocast"`, the sum starts in float32 and
+stays there, and the error is that of `torch.autocast`. (`functional="compute"` casts the arguments
+of every module, the sum too.)
+
+{residual}
+
+### Losses inside the model
+
+Given labels, these models compute their loss in their own `forward`. `functional="autocast"`
+computes it in float32, as `torch.autocast` does. `functional="compute"` computes it in 16 bits
+where the model calls a loss function on its 16-bit logits and does not cast them: its last digits
+are then those of the 16-bit format, and in float16 a loss scale above 65,504 overflows in it.
+Compute the loss outside of the model, from its float32 logits, or use `functional="autocast"`.
+The relative error of the loss in bfloat16:
+
+{losses}
+
 ## Casts
 
 A cast changes the dtype of a float tensor; grouped casts take all weights, or all their gradients,
 in one call. KB (1,000 bytes) are read and written by both together. The lists of
 `torch.autocast` are those of this device.
+
+Most casts that remain are in the models' own code or in torch's: RMS norms of Llama, Mistral,
+Qwen3, Gemma2 and T5 cast to float32 and back by themselves; attention with a learned bias (T5)
+takes a path of torch that computes in float32. *Mixtral* moves more bytes under a policy because
+its experts run in 16 bits there: their operation is on none of the lists of `torch.autocast`, which
+leaves them, the larger part of the model, in float32.
 
 {casts}
 """
@@ -176,4 +283,6 @@ def page(results: Row) -> str:
         float16=_errors(results, "float16").markdown(),
         bfloat16=_errors(results, "bfloat16").markdown(),
         casts=_casts(results).markdown(),
+        residual=_residual(results).markdown(),
+        losses=_losses(results).markdown(),
     )

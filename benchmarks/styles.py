@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -88,12 +88,12 @@ class Style:
         """Whether it scales its losses."""
         return self.dtype is torch.float16
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Return the model as this style trains it."""
+    def prepare(self, model: nn.Module, overrides: Mapping[str, str] | None = None) -> nn.Module:
+        """Return the model as this style trains it; overrides are for halfstep's policies."""
         if self.functional is None:
             return model
         policy = "mixed_" + str(self.dtype).removeprefix("torch.")
-        return apply_policy(model, policy, functional=self.functional)
+        return apply_policy(model, policy, overrides, functional=self.functional)
 
     @contextmanager
     def forward(self, device: str) -> Iterator[None]:
