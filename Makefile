@@ -30,7 +30,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 demo: $(VENV)/.demo
 	$(BIN)/halfstep doctor
-	$(BIN)/halfstep compare digits-conv pydoc-gpt --json $(OUT)/demo.json --html $(OUT)/demo.html
+	$(BIN)/halfstep compare digits-conv pydoc-gpt --threads 1 --json $(OUT)/demo.json --html $(OUT)/demo.html
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2

@@ -74,9 +74,10 @@ def test_the_record_goes_where_it_is_told_or_beside_the_rest(tiny, options, plac
 
 def test_the_options_reach_the_run(tiny):
     arguments = ("--no-memory", "--policies", "float32", "--json", "r.json")
-    run(tiny, *arguments, "--steps", "7", "--seed", "5", "--device", "cpu")
+    run(tiny, *arguments, "--steps", "7", "--seed", "5", "--device", "cpu", "--threads", "1")
     summary = report.load("r.json")
     assert summary["seed"] == 5
+    assert summary["machine"]["threads"] == 1
     assert summary["recipes"][0]["device"] == "cpu"
     assert summary["recipes"][0]["policies"]["float32"]["steps"] == 7
 

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from halfstep import Policy, PolicyError, RecipeError
 from halfstep.compare import Settings, compare, parse_policies, summarise
@@ -136,3 +137,12 @@ def test_a_file_may_hold_a_policy_with_its_loss_scale(tmp_path):
     policy = Policy("mixed_float16", loss_scale=1024)
     (tmp_path / "fixed.json").write_text(json.dumps(policy.get_config()))
     assert parse_policies(["float32", str(tmp_path / "fixed.json")])["fixed"] == policy
+
+
+def test_threads_hold_for_the_run_alone(recipe):
+    before = torch.get_num_threads()
+    seeing = recipe("def setup(seed, device): return f'{torch.get_num_threads()} threads'")
+    summary = compare(seeing, "float32", Settings(steps=1, memory=False, threads=before + 1))
+    assert summary["recipes"][0]["note"] == f"{before + 1} threads"
+    assert summary["machine"]["threads"] == before + 1
+    assert torch.get_num_threads() == before

@@ -47,6 +47,11 @@ the others are compared with.
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training data.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights and batches.")
 @click.option("--device", help="For instance cuda:1. [default: a GPU if there is one]")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads; small models are steadier with 1. [default: torch's]",
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the summary.")
 @click.option("--html", "html_file", type=click.Path(dir_okay=False), help="Write the page.")
 @click.option(
@@ -64,6 +69,7 @@ def compare(
     epochs: int | None,
     seed: int,
     device: str | None,
+    threads: int | None,
     json_file: str | None,
     html_file: str | None,
     record: str | None,
@@ -83,7 +89,7 @@ def compare(
             return
         from ..compare import Settings
 
-        settings = Settings(steps, epochs, seed, device, memory)
+        settings = Settings(steps, epochs, seed, device, memory, threads)
         at = _record_path(record, json_file, html_file)
         code = _run(recipes, policies, settings, at, json_file, html_file)
     except KeyboardInterrupt:

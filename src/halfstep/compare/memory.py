@@ -93,6 +93,8 @@ def _measure_in_children(
     recipe: Recipe, policies: Policies, device: str, seed: int, steps: int
 ) -> Iterator[dict[str, Any]]:
     """Start the program below, once where it can fork, else once for each measurement."""
+    import torch
+
     rounds = [list(policies)] if _can_fork() else [[label] for label in policies] * REPEATS
     for labels in rounds:
         job = {
@@ -100,6 +102,7 @@ def _measure_in_children(
             "device": device,
             "seed": seed,
             "steps": steps,
+            "threads": torch.get_num_threads(),
             "repeats": REPEATS if _can_fork() else 1,
             "policies": {label: policies[label].get_config() for label in labels},
         }
@@ -144,7 +147,6 @@ def main() -> None:
     os.dup2(2, 1)
     import torch
 
-    threads = torch.get_num_threads()
     # a pool of OpenMP threads does not survive a fork; one thread needs no pool
     torch.set_num_threads(1)
     recipe = load_recipe(job["recipe"])
@@ -156,7 +158,7 @@ def main() -> None:
         for label, policy in policies.items():
 
             def train(policy: Policy | PolicyMap = policy) -> None:
-                torch.set_num_threads(threads)
+                torch.set_num_threads(job["threads"])
                 _train(recipe, policy, job["device"], job["seed"], job["steps"])
 
             results.write(json.dumps({"policy": label, **measure_here(train)}) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -33,6 +33,9 @@ class Framework(Protocol):
     def describe(self, device: str) -> dict[str, Any]:
         """Return versions and the device's name, as plain values."""
 
+    def threads(self, count: int | None) -> AbstractContextManager[None]:
+        """Compute on the CPU with so many threads meanwhile; None leaves them as they are."""
+
     def starter(self, recipe: Recipe, device: str, seed: int) -> Callable[[Any], Trainee]:
         """Return what makes a trainee of a policy; all start from the same weights."""
 
@@ -51,6 +54,12 @@ class TorchFramework:
         from .torch_trainee import describe
 
         return describe(device)
+
+    def threads(self, count: int | None) -> AbstractContextManager[None]:
+        """Set torch's threads and put them back."""
+        from .torch_trainee import threads
+
+        return threads(count)
 
     def starter(self, recipe: Recipe, device: str, seed: int) -> Callable[[Any], Trainee]:
         """Return what makes a trainee of a policy."""
@@ -74,6 +83,7 @@ class Settings:
         seed: of the weights, the batches and the random numbers of every step.
         device: None: the fastest there is.
         memory: whether to measure peak memory.
+        threads: of the CPU; None: the framework's default. Small models are steadier with 1.
     """
 
     steps: int | None = None
@@ -81,6 +91,7 @@ class Settings:
     seed: int = 0
     device: str | None = None
     memory: bool = True
+    threads: int | None = None
 
 
 def compare(
@@ -121,8 +132,9 @@ def compare(
     loaded = [each if isinstance(each, Recipe) else load_recipe(each) for each in several]
     frameworks = [_framework_of(recipe) for recipe in loaded]
     device = frameworks[0].pick_device(settings.device)
-    header = _header(chosen, settings, command, device, frameworks[0])
     with ExitStack() as stack:
+        stack.enter_context(frameworks[0].threads(settings.threads))
+        header = _header(chosen, settings, command, device, frameworks[0])
         sinks: list[Callable[[Event], None]] = []
         if record is not None:
             sinks.append(stack.enter_context(RecordWriter(record, "compare", **header)).write)
