@@ -19,6 +19,8 @@ TITLE = "Byte-level GPT on the text of Python's help()"
 STEPS = 300
 METRIC = "validation loss (nats/byte)"
 HIGHER_IS_BETTER = False
+# four seeds of float32 ended between 2.34 and 2.46: less than this is no difference of precision
+SAME_WITHIN = 0.02
 
 CONTEXT, BATCH = 64, 8
 WIDTH, HEADS, DEPTH = 64, 4, 2
@@ -101,9 +103,9 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def evaluate(model: nn.Module) -> dict[str, float]:
-    """Cross entropy over 64 pieces spread evenly over the held-out text, nats per byte."""
+    """Cross entropy over 128 pieces spread evenly over the held-out text, nats per byte."""
     _, held_out = text()
-    starts = torch.linspace(0, len(held_out) - CONTEXT - 1, 64).long()[:, None]
+    starts = torch.linspace(0, len(held_out) - CONTEXT - 1, 128).long()[:, None]
     pieces = held_out[starts + torch.arange(CONTEXT + 1)]
     device = next(model.parameters()).device
     return {METRIC: loss(model, pieces.to(device)).item()}

@@ -71,24 +71,27 @@ def plots(recipe: RecipeResult, prefix: str) -> list[Plot]:
     return shown
 
 
-def smoothed(values: Sequence[float | None], window: int | None = None) -> list[float | None]:
-    """Return a running mean over the last ``window`` finite values.
+def smoothed(values: Sequence[float | None], reach: int | None = None) -> list[float | None]:
+    """Return the mean of the finite values from ``reach`` before each to ``reach`` after it.
 
     A step without a finite value has none, so that the curve shows a gap there. Left out, the
-    window is a twentieth of the curve.
+    reach is a fiftieth of the curve. At both ends it is what there is on the shorter side, so
+    that a falling curve is not shown too high where it begins.
 
-    >>> smoothed([1.0, 3.0, None, 5.0], window=2)
-    [1.0, 2.0, None, 4.0]
+    >>> smoothed([1.0, 3.0, None, 5.0, 6.0], reach=1)
+    [1.0, 2.0, None, 5.5, 6.0]
     """
-    width = max(1, len(values) // 20) if window is None else window
-    last: list[float] = []
-    found: list[float | None] = []
+    wanted = len(values) // 50 if reach is None else reach
+    sums, counts = [0.0], [0]
     for value in values:
-        if value is None:
-            found.append(None)
-            continue
-        last = [*last, value][-width:]
-        found.append(sum(last) / len(last))
+        sums.append(sums[-1] + (value or 0.0))
+        counts.append(counts[-1] + (value is not None))
+    found: list[float | None] = []
+    for place, value in enumerate(values):
+        half = min(wanted, place, len(values) - 1 - place)
+        first, last = place - half, place + half + 1
+        count = counts[last] - counts[first]
+        found.append(None if value is None else (sums[last] - sums[first]) / count)
     return found
 
 
@@ -137,7 +140,7 @@ def _losses(recipe: RecipeResult, style: dict[str, Style]) -> Plot:
     return Plot(
         id="",
         title="Training loss",
-        alt="Training loss by step, one curve for each policy: raw and as a running mean.",
+        alt="Training loss by step, one curve for each policy: raw and smoothed.",
         wide=True,
         data=data,
         layout=_axes("step", "loss, thin: each batch"),
