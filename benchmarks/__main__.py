@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("steps", "models"), default="steps")
+    parser.add_argument("what", nargs="?", choices=("steps", "models", "pages"), default="steps")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing, a model")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("halfstep").setLevel(logging.ERROR)
-    {"steps": steps, "models": models}[options.what](options)
+    {"steps": steps, "models": models, "pages": rewrite}[options.what](options)
 
 
 def steps(options: argparse.Namespace) -> None:
@@ -54,6 +54,7 @@ def steps(options: argparse.Namespace) -> None:
         pages.worse_table(results),
     ):
         table.show()
+    print(pages.reasons())
     print(pages.EMULATED)
     name = slug(machine)
     _write(ROOT / "benchmarks" / "results" / f"{name}.json", results)
@@ -73,6 +74,20 @@ def models(options: argparse.Namespace) -> None:
     _write(ROOT / "benchmarks" / "results" / f"{slug(machine)}-models.json", results)
     if not options.no_page:
         _page(ROOT / "docs" / "torch-models.md", model_table.page(results))
+
+
+def rewrite(options: argparse.Namespace) -> None:
+    """Write the pages again from the results that this machine wrote last."""
+    from . import model_table
+
+    name = slug(describe(options.device))
+    results = ROOT / "benchmarks" / "results"
+    for file, page, write in (
+        (f"{name}.json", "benchmarks.md", pages.page),
+        (f"{name}-models.json", "torch-models.md", model_table.page),
+    ):
+        if (results / file).exists():
+            _page(ROOT / "docs" / page, write(json.loads((results / file).read_text("utf-8"))))
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:

@@ -48,7 +48,9 @@ def sentence(machine: dict[str, Any]) -> str:
     """Say it in one sentence."""
     cores = f"{machine['cores']} cores, " if machine["kind"] == "cpu" else ""
     features = ", ".join(machine["features"]) or "no 16-bit units"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     return (
-        f"{machine['device']} ({cores}{features}), {machine['threads']} thread(s), torch "
-        f"{machine['torch']}, Python {machine['python']}, {machine['system']}, {machine['date']}."
+        f"{machine['device']} ({cores}{features}), {threads},\n"
+        f"torch {machine['torch']}, Python {machine['python']}, {machine['system']}, "
+        f"{machine['date']}."
     )

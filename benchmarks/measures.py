@@ -218,27 +218,35 @@ def count(training: Training) -> Counts:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """The median of a ratio and its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Timing:
-    """How long a step takes, next to the same step in float32 in the same round.
+    """How long a step takes, next to the same step in another style in the same round.
 
     Attributes:
         seconds: the median of a step.
-        ratio: the median over the rounds of time / float32's time.
-        low, high: the quartiles of that ratio.
+        to_float32: over the rounds, time / float32's time: median and quartiles.
+        to_amp: the same of time / the time of torch.amp in this dtype; None for what is no rival.
         rounds: how many there were.
     """
 
     seconds: float
-    ratio: float
-    low: float
-    high: float
+    to_float32: Ratio
+    to_amp: Ratio | None
     rounds: int
 
 
 def time_together(
     trainings: Sequence[Training], *, seconds: float, steps: int = 1, fewest: int = 5
 ) -> dict[str, Timing]:
-    """Time trainings in turns, the first one being what the others are compared with.
+    """Time trainings in turns, the first one in float32.
 
     Every round times each training once, in an order that rotates, so that what else the
     machine does meets all of them.
@@ -263,7 +271,25 @@ def time_together(
     finally:
         gc.enable()
     base = took[trainings[0].style.name]
-    return {name: _timing(times, base) for name, times in took.items()}
+    return {
+        training.style.name: Timing(
+            statistics.median(took[training.style.name]),
+            _ratio(took[training.style.name], base),
+            _to_amp(training.style, trainings, took),
+            len(base),
+        )
+        for training in trainings
+    }
+
+
+def _to_amp(
+    style: Style, trainings: Sequence[Training], took: Mapping[str, list[float]]
+) -> Ratio | None:
+    if style.kind != "halfstep":
+        return None
+    styles = (training.style for training in trainings)
+    rival = next(s.name for s in styles if s.kind == "torch.amp" and s.dtype is style.dtype)
+    return _ratio(took[style.name], took[rival])
 
 
 def _time(training: Training, steps: int) -> float:
@@ -283,7 +309,7 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize(torch.device(device))
 
 
-def _timing(times: list[float], base: list[float]) -> Timing:
-    ratios = [mine / other for mine, other in zip(times, base, strict=True)]
+def _ratio(times: list[float], others: list[float]) -> Ratio:
+    ratios = [mine / other for mine, other in zip(times, others, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
-    return Timing(statistics.median(times), middle, low, high, len(ratios))
+    return Ratio(middle, low, high)

@@ -212,7 +212,8 @@ argument `functional`. The tests (`tests/torch/test_transformers.py`) hold each 
 bounds near these numbers, step an optimizer, and go through padding, generation, activation
 checkpointing, saving and loading.
 
-This page is written by `python -m benchmarks models`. Its numbers: {machine}
+This page is written by `python -m benchmarks models`. Its numbers:
+{machine}
 
 ## Errors
 
