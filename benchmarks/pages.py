@@ -99,10 +99,11 @@ MEASURES: tuple[tuple[str, Callable[[Row], float]], ...] = (
 )
 
 REASONS: tuple[str, ...] = (
-    "Every module with a policy runs a few lines of Python around its forward, and every step makes "
-    "the weights' copies by a Python autograd node; `torch.autocast` is written in C++.",
-    "As (1), and `LossScaleOptimizer` computes the norm, the verdict and the next scale from small "
-    "tensor operations, where `GradScaler` has a kernel for each and reads the verdict on the host.",
+    "Every module with a policy runs a few lines of Python around its forward, and every step "
+    "makes the weights' copies by a Python autograd node; `torch.autocast` is written in C++.",
+    "As (1), and `LossScaleOptimizer` computes the norm, the verdict and the next scale from "
+    "small tensor operations, where `GradScaler` has a kernel for each and reads the verdict on "
+    "the host.",
     "Not explained: the host's part, (1) or (2), is smaller than this difference.",
 )
 """Why halfstep is slower or needs more."""

@@ -37,9 +37,12 @@ GRADIENT = {"mixed_float16": 2e-3, "mixed_bfloat16": 1.5e-2}
 # leave, rounding moves it more; torch.autocast errs alike on them (docs/torch-models.md).
 GRADIENT_OF = {
     "T5": {"mixed_float16": 2.5e-2, "mixed_bfloat16": 6e-2},  # ReLU between layers
-    "CLIP": {"mixed_float16": 1e-2, "mixed_bfloat16": 8e-2},  # a contrast of two pairs
+    "CLIP": {
+        "mixed_float16": 1e-2,
+        "mixed_bfloat16": 8e-2,
+    },  # contrasts two almost equal embeddings
     "Gemma2": {"mixed_float16": 3e-3, "mixed_bfloat16": 2.5e-2},  # soft caps and four norms a layer
-    "ResNet": {"mixed_float16": 2e-2, "mixed_bfloat16": 0.3},  # batch norm of two images, max pool
+    "ResNet": {"mixed_float16": 2e-2, "mixed_bfloat16": 0.3},  # max pool
 }
 
 MOST_SKIPS = 6
