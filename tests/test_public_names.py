@@ -34,6 +34,23 @@ PUBLIC = {
         "policy_scope",
         "set_global_policy",
     },
+    "halfstep.jax": {
+        "DynamicLossScale",
+        "Explanation",
+        "FixedLossScale",
+        "LossScale",
+        "LossScaledState",
+        "NoLossScale",
+        "NotTraceableError",
+        "all_finite",
+        "autocast",
+        "check_loss_scale",
+        "explain",
+        "loss_scaled",
+        "policy_scope",
+        "scale_loss",
+        "value_and_grad",
+    },
 }
 """Every public name by package; a new door is a new key."""
 

@@ -1,0 +1,78 @@
+"""A function and the arguments of one call: traced, its outputs remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import _internals as internals
+from .errors import NotTraceableError
+
+_NOT_TRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is traced; everything else stays what it is while the function is traced."""
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct | jax.Ref)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A traced call.
+
+    Attributes:
+        closed: the program, from arrays to arrays.
+        arrays: the arrays among the arguments.
+        output: puts the arrays of the result back among its other leaves.
+    """
+
+    closed: internals.ClosedJaxpr
+    arrays: list[Any]
+    output: Callable[[Sequence[Any]], Any]
+
+
+def trace_call(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], where: str
+) -> Call:
+    """Trace a call; Python numbers, strings, functions and other leaves stay as they are.
+
+    Raises:
+        NotTraceableError: the function needs the numbers of an array, for instance in an ``if``.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten((tuple(args), dict(kwargs)))
+    places = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
+    seen: list[tuple[Any, list[Any]]] = []
+
+    def flat(*arrays: Any) -> list[Any]:
+        filled = list(leaves)
+        for place, array in zip(places, arrays, strict=True):
+            filled[place] = array
+        inner_args, inner_kwargs = jax.tree_util.tree_unflatten(treedef, filled)
+        outputs, out_tree = jax.tree_util.tree_flatten(function(*inner_args, **inner_kwargs))
+        seen.append((out_tree, [None if is_array(leaf) else leaf for leaf in outputs]))
+        return [leaf for leaf in outputs if is_array(leaf)]
+
+    arrays = [leaves[place] for place in places]
+    try:
+        closed = internals.trace(flat, arrays)
+    except _NOT_TRACEABLE as error:
+        first = str(error).partition("\n")[0]
+        raise NotTraceableError(
+            f"{where}: the function cannot be traced, because it needs the numbers of an array "
+            f"while it runs: {first} Arguments that are not arrays (bool, int, float, str, "
+            "functions) stay as they are; give such a value as one of these, or use jax.lax.cond "
+            "and jnp.where."
+        ) from error
+    out_tree, others = seen[-1]
+
+    def output(results: Sequence[Any]) -> Any:
+        rest = iter(results)
+        return jax.tree_util.tree_unflatten(
+            out_tree, [next(rest) if other is None else other for other in others]
+        )
+
+    return Call(closed, arrays, output)

@@ -1,0 +1,121 @@
+"""Which policy holds where in a function: scopes in the model's code, and a map from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import jax
+
+from ..core.policy import Policy, PolicyMap, as_policy
+from ..errors import PolicyError
+
+_MARK = "halfstep:"
+
+
+@contextmanager
+def policy_scope(policy: Policy | str) -> Iterator[None]:
+    """Give the operations inside a ``with`` block, in the model's own code, this policy.
+
+    It does nothing by itself: :func:`~halfstep.jax.autocast` around the model reads it. The
+    innermost scope wins, over a :class:`~halfstep.PolicyMap` too. The scope travels as a name
+    scope, so it holds inside ``scan`` and ``jit`` bodies and in the backward pass.
+
+    Args:
+        policy: ``"float32"``, ``"mixed_float16"`` or ``"mixed_bfloat16"``.
+
+    Raises:
+        PolicyError: another policy.
+
+    >>> import jax.numpy as jnp
+    >>> from halfstep.jax import autocast, policy_scope
+    >>> def model(w, x):
+    ...     hidden = x @ w
+    ...     with policy_scope("float32"):
+    ...         return hidden @ w
+    >>> x = jnp.ones((2, 2)) / 3
+    >>> float(jnp.abs(autocast(model)(x, x) - model(x, x)).max()) > 0
+    True
+    """
+    checked = check_policy(as_policy(policy), "policy_scope")
+    with jax.named_scope(_MARK + checked.name):
+        yield
+
+
+def check_policy(policy: Policy, where: str) -> Policy:
+    """Return a policy that leaves variables in float32, which is all that a rewrite can give.
+
+    Raises:
+        PolicyError: for a policy with other variables.
+    """
+    if policy.variable_dtype != "float32":
+        mixed = f" Did you mean 'mixed_{policy.name}'?" if policy.is_low else ""
+        raise PolicyError(
+            f"{where}: the policy {policy.name!r} wants {policy.variable_dtype} variables, which "
+            "are yours, not the function's. Allowed are float32, mixed_float16 and "
+            f"mixed_bfloat16.{mixed}"
+        )
+    return policy
+
+
+def split_scope(names: Iterable[str]) -> tuple[str, str | None]:
+    """Return a layer's path and the policy of the innermost :func:`policy_scope` around it.
+
+    >>> split_scope(["net", "halfstep:float32", "head"])
+    ('net/head', 'float32')
+    """
+    path: list[str] = []
+    policy = None
+    for name in names:
+        if name.startswith(_MARK):
+            policy = name.removeprefix(_MARK)
+        else:
+            path.append(name)
+    return "/".join(path), policy
+
+
+class ScopePolicies:
+    """The policy of every operation by the scopes around it.
+
+    Args:
+        policies: the map; its paths are those of :func:`jax.named_scope`, joined by ``/``, which
+            for Flax modules are their own (``"Net/layers/Dense_0"``).
+        scopes: the scope names around every operation.
+
+    Raises:
+        PolicyError: a key that matches no scope, a policy with other variables than float32, or
+            two 16-bit formats at once.
+    """
+
+    def __init__(self, policies: PolicyMap, scopes: Iterable[tuple[str, ...]]) -> None:
+        self._by_scope = {names: split_scope(names) for names in dict.fromkeys(scopes)}
+        paths = [path for path, _ in self._by_scope.values()]
+        self._resolved = policies.resolve(_with_parents(paths), separator="/")
+        marked = {policy for _, policy in self._by_scope.values() if policy is not None}
+        named = {policies.default.name, *(p.name for p in policies.overrides.values()), *marked}
+        for name in named:
+            check_policy(Policy(name), "autocast")
+        formats = sorted(Policy(name).compute_dtype for name in named if Policy(name).is_low)
+        if len(formats) > 1:
+            raise PolicyError(
+                f"autocast: policies that compute in {' and '.join(formats)} meet in one function; "
+                "one 16-bit format at a time."
+            )
+        self.low_dtype = formats[0] if formats else None
+
+    def float32_reason(self, names: tuple[str, ...]) -> str | None:
+        """Why operations in these scopes stay in float32, or ``None`` when they need not."""
+        path, marked = self._by_scope[names]
+        if marked is not None:
+            return None if Policy(marked).is_low else f"policy_scope({marked!r})"
+        rule = self._resolved[path]
+        return None if rule.policy.is_low else f"policy float32, {rule.why}"
+
+
+def _with_parents(paths: Iterable[str]) -> list[str]:
+    found = {"": None}
+    for path in paths:
+        parts = path.split("/")
+        for depth in range(1, len(parts) + 1):
+            found["/".join(parts[:depth])] = None
+    return list(found)

@@ -1,0 +1,68 @@
+"""JAX for these tests: on the CPU, and with eight devices where a test starts its own process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+jax = pytest.importorskip("jax")
+
+
+@pytest.fixture
+def on_eight_devices():
+    """Run a piece of Python in a process of its own, where JAX sees eight devices."""
+
+    def run(code: str) -> str:
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run
+
+
+def _bodies(params):
+    for value in params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(one, "jaxpr"):
+                yield one.jaxpr
+            elif hasattr(one, "eqns"):
+                yield one
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for body in _bodies(equation.params):
+            yield from _equations(body)
+
+
+@pytest.fixture
+def equations():
+    """All equations of a function's program, those in bodies too: ``equations(f, *args)``."""
+    return lambda function, *args: list(_equations(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+@pytest.fixture
+def products(equations):
+    """Matrix products and convolutions: how many are in 16 bits, and how many there are."""
+
+    def count(function, *args) -> tuple[int, int]:
+        dtypes = [
+            equation.invars[0].aval.dtype.name
+            for equation in equations(function, *args)
+            if equation.primitive.name in ("dot_general", "conv_general_dilated")
+        ]
+        return sum(name in ("bfloat16", "float16") for name in dtypes), len(dtypes)
+
+    return count
