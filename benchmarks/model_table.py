@@ -288,7 +288,8 @@ Given labels, these models compute their loss in their own `forward`. `functiona
 computes it in float32, as `torch.autocast` does. `functional="compute"` computes it in 16 bits
 where the model calls a loss function on its 16-bit logits and does not cast them: its last digits
 are then those of the 16-bit format, and in float16 a loss scale above 65,504 overflows in it.
-Compute the loss outside of the model, from its float32 logits, or use `functional="autocast"`.
+A `PolicyWarning` says so at the first call. Compute the loss outside of the model, from its float32
+logits, or use `functional="autocast"`.
 The relative error of the loss in bfloat16:
 
 {losses}

@@ -326,6 +326,24 @@ def test_bad_options(options):
         apply_policy(nn.Linear(2, 2), "mixed_float16", **options)
 
 
+def test_a_loss_computed_in_16_bits_inside_of_the_model_is_named():
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x, labels=None):
+            logits = self.layer(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    batch = torch.ones(2, 4), torch.tensor([0, 2])
+    model = apply_policy(WithLoss(), "mixed_bfloat16", functional="compute")
+    with pytest.warns(PolicyWarning, match="WithLoss.*loss, computed in 16 bits.*autocast"):
+        model(*batch)
+    model(*batch)  # once is enough
+    assert apply_policy(WithLoss(), "mixed_bfloat16")(*batch)["loss"].dtype is torch.float32
+
+
 def test_what_is_no_module_is_refused():
     with pytest.raises(PolicyError, match="nn.Module"):
         apply_policy([nn.Linear(2, 2)], "mixed_float16")

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from halfstep import PolicyWarning
 from halfstep.torch import LossScaleOptimizer, apply_policy, remove_policy
+
+# with labels, some of these models compute a loss in 16 bits under functional="compute", and are
+# told so: test_a_loss_inside_of_the_model_is_named
+pytestmark = pytest.mark.filterwarnings("ignore:This .* returns a scalar in .*:UserWarning")
 
 hf = pytest.importorskip("transformers")
 hf.logging.set_verbosity_error()
@@ -343,3 +348,10 @@ def test_learns_a_batch_as_fast_as_float32(name, policy):
     low = list(losses(apply_policy(case.build(), policy, functional="compute")))
     assert exact[-1] < exact[0] / 2
     assert low == pytest.approx(exact, rel=0.02)
+
+
+def test_a_loss_inside_of_the_model_is_named():
+    case = zoo.case_named("BERT")
+    model = apply_policy(case.build("sdpa"), "mixed_bfloat16", functional="compute")
+    with pytest.warns(PolicyWarning, match="BertFor.*computed in 16 bits.*autocast"):
+        model(**case.inputs())

@@ -337,10 +337,19 @@ def _carry_out(module: nn.Module, plan: LayerPlan) -> None:
         tied = registry.policy_of_parameter(parameter)
         if plan.rule != "left alone" and not (tied is not None and tied.is_low):
             registry.register(parameter, plan.policy)
-    if plan.rule in _NEVER_ATTACHED:
+    if plan.rule in _NEVER_ATTACHED or _changes_nothing(module, plan):
         module.__dict__[ATTRIBUTE] = plan
     else:
         attach(module, plan)
+
+
+def _changes_nothing(module: nn.Module, plan: LayerPlan) -> bool:
+    """Whether this is an activation, a pooling or the like, which runs as its parent does.
+
+    Such modules are many and small, and a forward of ours around each would cost the host time.
+    """
+    ours_to_skip = type(module).__module__.startswith("torch.nn.") and not module._modules
+    return ours_to_skip and plan.rule == PLAIN.name and plan.inputs is plan.result is None
 
 
 def _store(module: nn.Module, name: str, dtype: torch.dtype) -> None:

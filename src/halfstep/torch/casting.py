@@ -30,6 +30,9 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
+Convert = Callable[[torch.Tensor], torch.Tensor]
+
+
 @dataclasses.dataclass(frozen=True)
 class Cast:
     """Cast a floating tensor to ``dtype``; leave every other tensor alone."""
@@ -76,7 +79,7 @@ class LowCast(Cast):
         return tensor.to(self.dtype) if tensor.dtype in LOW else tensor
 
 
-def cast_nested(value: Any, cast: Cast) -> Any:
+def cast_nested(value: Any, cast: Convert) -> Any:
     """Apply ``cast`` to every tensor in tuples, lists, dicts and dataclasses, however deep.
 
     A structure in which nothing changes is returned itself, not a copy, so that a cache that is
@@ -102,7 +105,7 @@ def cast_nested(value: Any, cast: Cast) -> Any:
 
 
 def cast_call(
-    args: tuple[Any, ...], kwargs: dict[str, Any], cast: Cast
+    args: tuple[Any, ...], kwargs: dict[str, Any], cast: Convert
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Cast the positional and the keyword arguments of a call."""
     if args:
@@ -116,7 +119,7 @@ def _changed(old: list[Any], new: list[Any]) -> bool:
     return any(a is not b for a, b in zip(old, new, strict=True))
 
 
-def _sequence(value: Any, cast: Cast) -> Any:
+def _sequence(value: Any, cast: Convert) -> Any:
     old = list(value)
     new = [cast_nested(item, cast) for item in old]
     if not _changed(old, new):
@@ -128,7 +131,7 @@ def _sequence(value: Any, cast: Cast) -> Any:
     return type(value)(new)
 
 
-def _mapping(value: Any, cast: Cast) -> Any:
+def _mapping(value: Any, cast: Convert) -> Any:
     old = list(value.values())
     new = [cast_nested(item, cast) for item in old]
     if not _changed(old, new):
@@ -141,7 +144,7 @@ def _mapping(value: Any, cast: Cast) -> Any:
     return result
 
 
-def _dataclass(value: Any, cast: Cast) -> Any:
+def _dataclass(value: Any, cast: Convert) -> Any:
     names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
     old = [getattr(value, name) for name in names]
     new = [cast_nested(item, cast) for item in old]
@@ -153,13 +156,13 @@ def _dataclass(value: Any, cast: Cast) -> Any:
     return result
 
 
-def _packed(value: PackedSequence, cast: Cast) -> PackedSequence:
+def _packed(value: PackedSequence, cast: Convert) -> PackedSequence:
     data = cast(value.data)
     return value if data is value.data else value._replace(data=data)
 
 
 _LEAVES = frozenset((type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype))
-_REBUILD: dict[type, Callable[[Any, Cast], Any]] = {
+_REBUILD: dict[type, Callable[[Any, Convert], Any]] = {
     tuple: _sequence,
     list: _sequence,
     dict: _mapping,
@@ -168,7 +171,7 @@ _REBUILD: dict[type, Callable[[Any, Cast], Any]] = {
     deque: _sequence,
     PackedSequence: _packed,
 }
-_REBUILD_SUBCLASSES: tuple[tuple[type, Callable[[Any, Cast], Any]], ...] = (
+_REBUILD_SUBCLASSES: tuple[tuple[type, Callable[[Any, Convert], Any]], ...] = (
     (PackedSequence, _packed),
     (tuple, _sequence),
     (list, _sequence),

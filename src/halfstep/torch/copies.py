@@ -141,11 +141,13 @@ class WeightCopies:
         """Forget every copy."""
         self._copies.clear()
 
-    def read(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return a copy of ``weight`` in ``dtype``, made now or earlier in this call."""
+    def made(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return the copy of ``weight`` in ``dtype`` that was made earlier in this call, if any."""
         made = self._copies.get((id(weight), dtype))
-        if made is not None and _fresh(weight, *made):
-            return made[2]
+        return made[2] if made is not None and _fresh(weight, *made) else None
+
+    def make(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return a new copy of ``weight`` in ``dtype``; the others of its group are made too."""
         group = self._group(weight, dtype)
         if len(group) < SMALL_GROUP:
             copies = [weight.to(dtype)]

@@ -10,14 +10,15 @@ where they are, so ``state_dict``, optimizers and everything else that asks for 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import PolicyError
-from .casting import cast_call, cast_nested
+from ..errors import PolicyError, PolicyWarning
+from .casting import LOW, cast_call, cast_nested
 from .copies import WeightCopies, calls, entry_of, forget_entry
 from .plan import ATTRIBUTE, LayerPlan, plan_of
 from .region import leave
@@ -187,12 +188,14 @@ def read(module: nn.Module, value: Any) -> Any:
     plan = plan_of(module)
     if value is None or plan is None or not _inside(module):
         return value
+    copies = None if torch.compiler.is_compiling() else calls.copies
+    if copies is not None:
+        low = copies.made(value, plan.compute)  # first: it answers most readings
+        if low is not None:
+            return low
     if not plan.casts(value):
         return value
-    copies = calls.copies
-    if copies is None or torch.compiler.is_compiling():
-        return value.to(plan.compute)
-    return copies.read(value, plan.compute)
+    return value.to(plan.compute) if copies is None else copies.make(value, plan.compute)
 
 
 def _inside(module: nn.Module) -> bool:
@@ -259,6 +262,7 @@ def _run_outermost(
         leave(saved)
     if watch:
         _check_written(self, copies)
+        _check_loss(self, plan, result)
         entry.watched.add(self.training)
     return result
 
@@ -275,6 +279,28 @@ def _check_written(model: nn.Module, copies: WeightCopies) -> None:
         "policy 'float32' (overrides={'<path>': 'float32'}), or change the weight outside of "
         "forward."
     )
+
+
+def _check_loss(model: nn.Module, plan: LayerPlan, result: Any) -> None:
+    """Warn of a loss that the model computed itself, in 16 bits: its cast to float32 is late."""
+    if plan.path or plan.functional != "compute":
+        return
+    found: list[torch.Tensor] = []
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 0 and tensor.dtype in LOW and tensor.requires_grad:
+            found.append(tensor)
+        return tensor
+
+    cast_nested(result, look)
+    if found:
+        warnings.warn(
+            f"This {type(model).__name__} returns a scalar in {found[0].dtype} that requires grad: "
+            "a loss, computed in 16 bits. Compute it outside of the model, from outputs in "
+            "float32, or use functional='autocast'.",
+            PolicyWarning,
+            stacklevel=5,
+        )
 
 
 def _run_compiling(
