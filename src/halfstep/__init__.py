@@ -1,7 +1,7 @@
 """Mixed precision training: a policy per layer, loss scaling that is right, and instruments.
 
-This package is the core: it knows no framework. The doors are ``halfstep.torch``,
-``halfstep.keras`` and ``halfstep.jax``; each needs only its own framework.
+This package is the core: it knows no framework. The doors to the frameworks, ``halfstep.torch``
+among them, are packages of their own inside of it; each needs only its own framework.
 """
 
 from .core.compatibility import Compatibility as Compatibility
@@ -30,3 +30,31 @@ from .errors import RecipeError as RecipeError
 from .errors import RecordError as RecordError
 
 __version__ = "0.1.0"
+
+# spelt out, so that a star import does not bring a door under its framework's own name
+__all__ = [
+    "FORMATS",
+    "Compatibility",
+    "Device",
+    "DynamicLossScale",
+    "FixedLossScale",
+    "Format",
+    "HalfstepError",
+    "LossScale",
+    "LossScaleError",
+    "LossScaleExhausted",
+    "LossScaleState",
+    "NoLossScale",
+    "Policy",
+    "PolicyError",
+    "PolicyMap",
+    "PolicyWarning",
+    "RecipeError",
+    "RecordError",
+    "compatibility_check",
+    "devices",
+    "format_of",
+    "global_policy",
+    "policy_scope",
+    "set_global_policy",
+]

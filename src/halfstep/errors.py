@@ -9,7 +9,7 @@
     ├── RecipeError             (a ValueError) a recipe that cannot be run
     └── RecordError             (a ValueError) a record that cannot be read
 
-    PolicyWarning               (a UserWarning) a policy that changed nothing
+    PolicyWarning               (a UserWarning) a policy that changed nothing, or is undone
 
 Every message says what was passed, what is allowed, and where.
 """
@@ -48,7 +48,7 @@ class RecordError(HalfstepError, ValueError):
 
 
 class PolicyWarning(UserWarning):
-    """A policy was applied and changed nothing."""
+    """A policy was applied and changed nothing, or the model works against it."""
 
 
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> str:

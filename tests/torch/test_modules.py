@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from halfstep.torch import apply_policy, policy_summary
+from halfstep.torch import apply_policy, policy_of, policy_summary
 
 # a rounding in float16 is 2**-11, in bfloat16 2**-8: a few of them may add up
 LIMIT = {"mixed_float16": 4e-3, "mixed_bfloat16": 3e-2}
@@ -185,10 +185,6 @@ CASES = {
     "LSTMCell": (lambda: nn.LSTMCell(8, 6), vectors),
     "GRUCell": (lambda: nn.GRUCell(8, 6), vectors),
     "RNNCell": (lambda: nn.RNNCell(8, 6), vectors),
-    "AdaptiveLogSoftmax": (
-        lambda: nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10], div_value=2),
-        lambda: (torch.randn(6, 8), torch.arange(6) * 3),
-    ),
     "bare parameters": (Bare, vectors),
     "tied weights": (Tied, tokens),
     "a layer called three times": (Repeated, vectors),
@@ -345,3 +341,25 @@ def test_lazy_modules_keep_the_policy_when_they_become_real():
     model[0].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     model(torch.ones(4, 3))
     assert seen == [torch.float16]
+
+
+@pytest.mark.parametrize("functional", ["autocast", "compute"])
+def test_a_loss_that_owns_layers_computes_in_float32(functional):
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.loss = nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10], div_value=2)
+
+        def forward(self, x, labels):
+            return self.loss(self.layer(x), labels).loss
+
+    model = apply_policy(WithLoss(), "mixed_float16", functional=functional)
+    rows = {row.path: row for row in policy_summary(model)}
+    assert rows["layer"].compute_dtype == "float16"
+    assert rows["loss.tail.0.0"].compute_dtype == "float32"
+    assert "part of a loss" in rows["loss.tail.0.0"].why
+    model(torch.randn(6, 8), torch.arange(6) * 3).backward()
+    assert model.layer.weight.grad.isfinite().all()
+    apply_policy(model, "mixed_float16", {"loss": "mixed_float16"}, functional="compute")
+    assert policy_of(model.loss.head).name == "mixed_float16"

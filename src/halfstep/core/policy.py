@@ -175,18 +175,20 @@ class Resolved:
     Attributes:
         policy: the policy.
         key: the key of the map that named the layer or one above it, ``None`` for the default.
-        at: the path that the key named; ``""`` for the default.
+        at: the path that the key named; ``""`` where there is no key.
+        because: why there is no key, in a few words.
     """
 
     policy: Policy
     key: str | None
     at: str
+    because: str = "default"
 
     @property
     def why(self) -> str:
         """The rule in a few words, for a summary."""
         if self.key is None:
-            return "default"
+            return self.because
         return f"override {self.key!r}" + ("" if self.key == self.at else f" at {self.at!r}")
 
 

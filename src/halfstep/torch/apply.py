@@ -26,7 +26,7 @@ from .casting import FLOATS, Cast, FiniteCast, LowCast, dtype_named
 from .layer import attach, detach, is_policied
 from .plan import ATTRIBUTE, LayerPlan, plan_of
 from .region import Region
-from .rules import HOLDER, PARAMETRIZATION, PLAIN, SEALED, Rule, left_alone, rule_for
+from .rules import FLOAT32_WHOLE, HOLDER, PARAMETRIZATION, PLAIN, SEALED, Rule, left_alone, rule_for
 
 LEFT_ALONE = "left alone"
 _NEVER_ATTACHED = frozenset(rule.name for rule in (HOLDER, PARAMETRIZATION, SEALED))
@@ -166,7 +166,7 @@ def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _plan(model: nn.Module, policies: PolicyMap, options: _Options) -> dict[nn.Module, LayerPlan]:
     paths = dict(_paths(model))
-    resolved = policies.resolve(paths)
+    resolved = _keep_losses(policies.resolve(paths), paths)
     parametrizations = {
         below
         for module in paths.values()
@@ -182,6 +182,23 @@ def _plan(model: nn.Module, policies: PolicyMap, options: _Options) -> dict[nn.M
         rule = PARAMETRIZATION if module in parametrizations else rule_for(module, _tensors(module))
         plans[module] = _plan_module(module, path, resolved[path], parent, rule, options)
     return plans
+
+
+def _keep_losses(
+    resolved: dict[str, Resolved], paths: Mapping[str, nn.Module]
+) -> dict[str, Resolved]:
+    """Give the losses that own layers, and those layers, float32 where no override names them."""
+    for loss in [path for path, module in paths.items() if isinstance(module, FLOAT32_WHOLE)]:
+        for path in paths:
+            if _lies_in(path, loss) and not (
+                resolved[path].key is not None and _lies_in(resolved[path].at, loss)
+            ):
+                resolved[path] = Resolved(Policy("float32"), None, "", "part of a loss")
+    return resolved
+
+
+def _lies_in(path: str, above: str) -> bool:
+    return not above or path == above or path.startswith(above + ".")
 
 
 def _check_same(plan: LayerPlan, path: str, resolved: Resolved) -> None:

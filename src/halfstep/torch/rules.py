@@ -77,8 +77,6 @@ _ATTENTION = Rule(
     "attention", "{compute} weights, its projections' too",
     inputs="cast finite", inside="functional", covers=True,
 )  # fmt: skip
-# it copies log_softmax's result into a tensor of its input's dtype: autocast would make them two
-_ADAPTIVE_SOFTMAX = Rule("plain", "computes in {compute}", inputs="cast finite", inside="off")
 # cuDNN wants all weights of a recurrent layer in one buffer, which torch.autocast casts whole
 _RECURRENT = Rule(
     "recurrent", "{compute} weights", inputs="cast", weights="low on cpu", inside="on"
@@ -94,10 +92,12 @@ RULES: tuple[tuple[tuple[type[nn.Module], ...], Rule], ...] = (
     ((nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d), _UPCAST),
     ((_Loss,), _LOSS),
     ((nn.MultiheadAttention,), _ATTENTION),
-    ((nn.AdaptiveLogSoftmaxWithLoss,), _ADAPTIVE_SOFTMAX),
     ((nn.RNNBase,), _RECURRENT),
 )
 """Classes and the rule for them; subclasses follow, the first row that fits applies."""
+
+FLOAT32_WHOLE: tuple[type[nn.Module], ...] = (nn.AdaptiveLogSoftmaxWithLoss,)
+"""Losses that own layers: all of them compute in float32, unless an override names them."""
 
 LEAVES: frozenset[type[nn.Module]] = frozenset(
     (

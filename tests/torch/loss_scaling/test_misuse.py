@@ -57,8 +57,40 @@ def test_the_guard_of_unscale_goes_with_the_step(weight, optimizer, end):
 def test_a_backward_onto_gradients_that_the_last_step_left(weight, optimizer):
     optimizer.backward(weight.sum())
     optimizer.step()
-    with pytest.raises(LossScaleError, match=r"still has the gradient of the last step"):
+    with pytest.raises(LossScaleError, match=r"still had the gradient of the last step"):
         optimizer.backward(weight.sum())
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")  # torch's advice
+def test_a_backward_that_builds_a_graph_onto_gradients_of_the_last_step(weight, optimizer):
+    optimizer.backward(weight.sum())
+    optimizer.step()
+    with pytest.raises(LossScaleError, match=r"still had the gradient of the last step"):
+        optimizer.backward((weight * weight).sum(), create_graph=True)
+
+
+def test_a_gradient_of_the_last_step_is_not_used_again():
+    used, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = LossScaleOptimizer(torch.optim.SGD([used, unused], lr=0.5), 8)
+    optimizer.backward((used + unused).sum())
+    optimizer.step()
+    used.grad = None
+    optimizer.backward(used.sum())
+    with pytest.raises(LossScaleError, match=r"\[1\].*still has the gradient of the last step"):
+        optimizer.step()
+    assert unused.tolist() == [0.5, 0.5]
+
+
+def test_derivatives_beside_the_gradients_of_the_last_step(weight, optimizer):
+    """``torch.autograd.grad`` adds to nothing: a custom loop needs no zero_grad()."""
+    optimizer.backward(weight.sum())
+    optimizer.step()
+    scaled = torch.autograd.grad(optimizer.get_scaled_loss((weight * 3).sum()), [weight])
+    unscaled = optimizer.get_unscaled_gradients(scaled)
+    assert unscaled[0].tolist() == [3.0, 3.0]
+    before = weight.detach().clone()
+    optimizer.apply_gradients(zip(unscaled, [weight], strict=True))
+    assert torch.equal(weight, before - 0.5 * unscaled[0])
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

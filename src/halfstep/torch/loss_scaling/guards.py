@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
+from torch.autograd import Variable
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.utils.hooks import RemovableHandle
@@ -72,20 +73,23 @@ def refuse_more(optimizer: Optimizer) -> list[RemovableHandle]:
 
 
 class Leftovers:
-    """Knows the gradients that the last step left, so that none is added to.
+    """Knows the gradients that the last step left, so that none is added to, or used again.
 
-    A gradient left over is unscaled; the next backward would add a scaled one to it. Telling it
-    from one that was cleared needs no value: a cleared gradient is gone, or its version is higher.
+    A gradient left over is unscaled; a backward would add a scaled one to it, and a step would
+    divide it by the scale once more. Telling it from one that was cleared needs no value: a
+    cleared gradient is gone, or its version is higher as a backward begins.
     """
 
     def __init__(self) -> None:
         self._versions: dict[int, int] = {}
+        self._left: list[tuple[Tensor, str, Tensor, int]] = []
 
     def __bool__(self) -> bool:
         return bool(self._versions)
 
     def note(self, optimizer: Optimizer) -> None:
         """Remember the gradients that are there now."""
+        self._left = []
         self._versions = {
             id(parameter.grad): parameter.grad._version
             for group in optimizer.param_groups
@@ -95,19 +99,46 @@ class Leftovers:
 
     def forget(self) -> None:
         """The gradients have been cleared."""
+        self._left = []
         self._versions = {}
 
     def check(self, optimizer: Optimizer) -> Callable[[Tensor], None]:
-        """Return a hook for a scaled loss: it raises as backward begins, if one is still there."""
+        """Return a hook for a scaled loss, which looks as its backward begins and as it ends.
 
-        def refuse(_: Tensor) -> None:
-            for parameter, label in labelled(optimizer):
-                grad = parameter.grad
-                if grad is not None and self._versions.get(id(grad)) == grad._version:
-                    raise LossScaleError(
-                        f"{label}, still has the gradient of the last step, which is unscaled: "
-                        "this backward would add a scaled one to it. Call zero_grad() before."
-                    )
+        ``torch.autograd.grad`` adds to no gradient, so it may run beside those of the last step.
+        """
+
+        def look(_: Tensor) -> None:
+            self._left = [
+                (parameter, label, parameter.grad, parameter.grad._version)
+                for parameter, label in labelled(optimizer)
+                if parameter.grad is not None
+                and self._versions.get(id(parameter.grad)) == parameter.grad._version
+            ]
             self._versions = {}
+            if self._left:
+                # runs when this backward is over
+                Variable._execution_engine.queue_callback(self._refuse_added)
 
-        return refuse
+        return look
+
+    def _refuse_added(self) -> None:
+        for parameter, label, grad, version in self._left:
+            if parameter.grad is not grad or grad._version != version:
+                raise LossScaleError(
+                    f"{label}, still had the gradient of the last step, which is unscaled: this "
+                    "backward added a scaled one to it. Call zero_grad() before."
+                )
+
+    def refuse_stale(self) -> None:
+        """Raise if a gradient that the last step left would be used again.
+
+        Raises:
+            LossScaleError: with the parameter's group, position, name and shape.
+        """
+        for parameter, label, grad, version in self._left:
+            if parameter.grad is grad and grad._version == version:
+                raise LossScaleError(
+                    f"{label}, still has the gradient of the last step, which is unscaled: this "
+                    "step would divide it by the scale again. Call zero_grad() before."
+                )

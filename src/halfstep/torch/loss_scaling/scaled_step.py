@@ -322,6 +322,8 @@ class ScaledStep(OptimizerProxy):
                 "divided by a scale that they never had. Use optimizer.backward(loss), or "
                 "optimizer.scale(loss).backward()."
             )
+        if self._stage is Stage.SCALED:
+            self._leftovers.refuse_stale()
         refuse_foreign(optimizer, grads)
         self._refuse_sharded(grads)
         return grads
