@@ -20,6 +20,7 @@ def on_eight_devices():
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         }
         done = subprocess.run(
@@ -66,3 +67,12 @@ def products(equations):
         return sum(name in ("bfloat16", "float16") for name in dtypes), len(dtypes)
 
     return count
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_quickly():
+    """What is compiled here runs once; optimizing it costs more than it gives."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
