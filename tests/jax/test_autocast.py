@@ -664,3 +664,20 @@ def test_explain_takes_shapes_and_an_autocast_function():
     explanation = explain(autocast(mlp, "mixed_float16"))(*shapes)
     assert explanation.dtype == "float16"
     assert explanation.low_products == (2, 2)
+
+
+def test_a_pallas_kernel_is_left_alone_and_what_stands_around_it_is_not(equations):
+    from jax.experimental import pallas
+
+    def kernel(x, out):
+        out[...] = x[...] * 2.0
+
+    def model(x):
+        doubled = pallas.pallas_call(
+            kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True
+        )(x @ W)
+        return doubled @ W
+
+    assert far(autocast(model)(X), model(X)) < 0.02
+    call = next(e for e in equations(autocast(model), X) if e.primitive.name == "pallas_call")
+    assert call.outvars[0].aval.dtype == jnp.float32

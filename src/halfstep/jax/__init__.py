@@ -9,8 +9,8 @@ from .autocast import explain as explain
 from .errors import NotTraceableError as NotTraceableError
 from .loss_scale import DynamicLossScale as DynamicLossScale
 from .loss_scale import FixedLossScale as FixedLossScale
-from .loss_scale import LossScale as LossScale
 from .loss_scale import NoLossScale as NoLossScale
+from .loss_scale import StatefulLossScale as StatefulLossScale
 from .loss_scale import all_finite as all_finite
 from .loss_scale import check_loss_scale as check_loss_scale
 from .loss_scale import scale_loss as scale_loss

@@ -18,7 +18,7 @@ AxisName: TypeAlias = str | tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LossScale:
+class StatefulLossScale:
     """A loss scale and its state: one value that goes through ``jit`` and comes back whole.
 
     Its arrays are leaves of the pytree: the scale and three counts, all float32. Everything else,
@@ -64,7 +64,7 @@ class LossScale:
         return jnp.asarray(self.rule.exhausted(self.state))
 
 
-class DynamicLossScale(LossScale):
+class DynamicLossScale(StatefulLossScale):
     """Look for the largest scale that keeps the gradients finite.
 
     Args:
@@ -91,7 +91,7 @@ class DynamicLossScale(LossScale):
         super().__init__(rule, rule.init(_float32))
 
 
-class FixedLossScale(LossScale):
+class FixedLossScale(StatefulLossScale):
     """Multiply every loss by one number; a step that is not finite is skipped all the same.
 
     Args:
@@ -111,7 +111,7 @@ class FixedLossScale(LossScale):
         super().__init__(rule, rule.init(_float32))
 
 
-class NoLossScale(LossScale):
+class NoLossScale(StatefulLossScale):
     """The scale of a run that needs none: 1, and no step is skipped.
 
     >>> from halfstep.jax import NoLossScale
@@ -124,19 +124,19 @@ class NoLossScale(LossScale):
         super().__init__(rule, rule.init(_float32))
 
 
-_KINDS: dict[type[core.LossScale], type[LossScale]] = {
+_KINDS: dict[type[core.LossScale], type[StatefulLossScale]] = {
     core.DynamicLossScale: DynamicLossScale,
     core.FixedLossScale: FixedLossScale,
     core.NoLossScale: NoLossScale,
 }
 
 
-_Kind = TypeVar("_Kind", bound=LossScale)
+_Kind = TypeVar("_Kind", bound=StatefulLossScale)
 
 
 def _make(kind: type[_Kind], rule: core.LossScale, state: core.LossScaleState) -> _Kind:
     scale = object.__new__(kind)
-    LossScale.__init__(scale, rule, state)
+    StatefulLossScale.__init__(scale, rule, state)
     return scale
 
 
@@ -149,11 +149,11 @@ def _float32(number: float) -> jax.Array:
     return jnp.asarray(number, jnp.float32)
 
 
-def _register(kind: type[LossScale]) -> None:
-    def flatten(scale: LossScale) -> tuple[tuple[tuple[Any, Any], ...], core.LossScale]:
+def _register(kind: type[StatefulLossScale]) -> None:
+    def flatten(scale: StatefulLossScale) -> tuple[tuple[tuple[Any, Any], ...], core.LossScale]:
         return ((jax.tree_util.GetAttrKey("state"), scale.state),), scale.rule
 
-    def unflatten(rule: core.LossScale, children: Iterable[Any]) -> LossScale:
+    def unflatten(rule: core.LossScale, children: Iterable[Any]) -> StatefulLossScale:
         (state,) = children
         return _make(kind, rule, state)
 
@@ -164,9 +164,11 @@ for _kind in _KINDS.values():
     _register(_kind)
 
 
-def as_loss_scale(value: LossScale | core.LossScale | float | str | None) -> LossScale:
+def as_loss_scale(
+    value: StatefulLossScale | core.LossScale | float | str | None,
+) -> StatefulLossScale:
     """Return the loss scale that ``"dynamic"``, a number, ``None`` or a loss scale stands for."""
-    if isinstance(value, LossScale):
+    if isinstance(value, StatefulLossScale):
         return value
     rule = core.as_loss_scale(value)
     return _make(_KINDS[type(rule)], rule, rule.init(_float32))
@@ -249,7 +251,7 @@ def all_finite(tree: Any, axis_name: AxisName | None = None) -> jax.Array:
 
 def value_and_grad(
     fn: Callable[..., Any],
-    loss_scale: LossScale | core.LossScale | float | None,
+    loss_scale: StatefulLossScale | core.LossScale | float | None,
     *,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
@@ -304,7 +306,9 @@ def value_and_grad(
     return wrapped
 
 
-def check_loss_scale(state: Any, rule: core.LossScale | LossScale | str | None = None) -> None:
+def check_loss_scale(
+    state: Any, rule: core.LossScale | StatefulLossScale | str | None = None
+) -> None:
     """Raise when the loss scale is at its end; call it now and then, outside of ``jit``.
 
     Args:
@@ -316,8 +320,8 @@ def check_loss_scale(state: Any, rule: core.LossScale | LossScale | str | None =
         LossScaleExhausted: at the floor, gradients have not been finite for ``patience`` steps.
         LossScaleError: an optimizer's state without a rule.
     """
-    if isinstance(state, LossScale):
-        scale: LossScale = state
+    if isinstance(state, StatefulLossScale):
+        scale: StatefulLossScale = state
     elif rule is not None:
         start = as_loss_scale(rule)
         scale = _make(type(start), start.rule, find_state(state))

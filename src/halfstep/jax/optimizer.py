@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import loss_scale as core
-from .loss_scale import AxisName, LossScale, all_finite, as_loss_scale, unscale
+from .loss_scale import AxisName, StatefulLossScale, all_finite, as_loss_scale, unscale
 
 if TYPE_CHECKING:
     import optax
@@ -30,7 +30,7 @@ class LossScaledState(NamedTuple):
 
 def loss_scaled(
     tx: optax.GradientTransformation,
-    loss_scale: LossScale | core.LossScale | float | str | None = "dynamic",
+    loss_scale: StatefulLossScale | core.LossScale | float | str | None = "dynamic",
     *,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
