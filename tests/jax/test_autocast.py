@@ -156,6 +156,21 @@ def test_lists_can_be_changed(equations):
         autocast(model, deny=["dot_general"])(X)
 
 
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("scatter-add", lambda x: (x @ W).at[jnp.array([0, 0])].add(x[:2] @ W) @ W),
+        ("cumsum", lambda x: jnp.cumsum(x @ W, 0) @ W),
+        ("erf_inv", lambda x: jax.lax.erf_inv(jnp.tanh(x @ W)) @ W),
+    ],
+)
+def test_what_is_denied_runs_in_16_bits_when_it_is_allowed(equations, name, function):
+    allowed = autocast(function, allow=[name])
+    assert 0 < far(jax.jit(allowed)(X), function(X)) < 0.02
+    dtypes = {e.outvars[0].aval.dtype for e in equations(allowed, X) if e.primitive.name == name}
+    assert dtypes == {jnp.dtype("bfloat16")}
+
+
 def test_matrix_products_only_leaves_everything_else(equations):
     found = equations(autocast(mlp, level="matrix_products"), W, X)
     low = {e.primitive.name for e in found if e.outvars[0].aval.dtype == jnp.bfloat16}
@@ -243,7 +258,7 @@ def test_cond_and_switch(products):
         )
         return jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: -x).mean()
 
-    for which in range(3):
+    for which in (0, 2):
         args = (W, X, which)
         found = jax.grad(autocast(loss))(*args)
         assert far(found, jax.grad(loss)(*args)) < 0.05 or not np.any(found)
@@ -343,11 +358,56 @@ def test_second_derivatives():
         return jnp.tanh(x @ W).sum() + jax.nn.softplus(x @ W).sum() + (jax.nn.relu(x) @ W).sum()
 
     def curvature(f):
-        return jax.grad(lambda x: (jax.grad(f)(x) ** 2).sum())(X)
+        return jax.jit(jax.grad(lambda x: (jax.grad(f)(x) ** 2).sum()))(X)
 
     assert far(curvature(autocast(loss)), curvature(loss)) < 0.05
-    hessian = jax.jacfwd(jax.jacrev(autocast(loss)))(X[:1, :])
-    assert far(hessian, jax.jacfwd(jax.jacrev(loss))(X[:1, :])) < 0.05
+    hessian = jax.jit(jax.jacfwd(jax.jacrev(autocast(loss))))(X[:1, :])
+    assert far(hessian, jax.jit(jax.jacfwd(jax.jacrev(loss)))(X[:1, :])) < 0.05
+
+
+def nested_scans(ws, x):
+    def outer(x, w):
+        def inner(y, _):
+            return jax.checkpoint(lambda y: jnp.tanh(y @ w) + y / 2)(y), (y**2).sum()
+
+        return jax.lax.scan(inner, x, None, length=2)
+
+    x, sizes = jax.lax.scan(outer, x, ws)
+    return (x**2).mean() + sizes.mean() / 10
+
+
+def cond_in_a_scan(ws, x):
+    def layer(carry, w):
+        i, x = carry
+        return (i + 1, jax.lax.cond(i % 2 == 0, lambda: jnp.tanh(x @ w), lambda: x)), None
+
+    return (jax.lax.scan(layer, (0, x), ws)[0][1] ** 2).mean()
+
+
+def lstm(ws, x):
+    def cell(carry, w):
+        c, h = carry
+        c = jax.nn.sigmoid(h @ w) * c + jnp.tanh(h @ w)
+        return (c, jnp.tanh(c) * jax.nn.sigmoid(h @ w)), h
+
+    return (jax.lax.scan(cell, (jnp.zeros_like(x), x), ws)[1] ** 2).mean()
+
+
+def vmap_of_a_scan(ws, x):
+    def one(row):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(w @ c), None), row, ws)[0]
+
+    return (jax.vmap(one)(x) ** 2).mean()
+
+
+def attention(ws, x):
+    q = (x @ ws[0]).reshape(1, 4, 2, 4)
+    return (jax.nn.dot_product_attention(q, q, q, is_causal=True) ** 2).mean()
+
+
+@pytest.mark.parametrize("loss", [nested_scans, cond_in_a_scan, lstm, vmap_of_a_scan, attention])
+def test_bodies_within_bodies(loss, products):
+    check_all_ways(loss, products, WS, X, rtol=0.05)
 
 
 # where it stands
@@ -599,6 +659,7 @@ def test_the_policy_float32_changes_nothing():
         (lambda: autocast(mlp, allow="exp"), r"\['exp'\]"),
         (lambda: autocast(mlp, allow=["exp"], deny=["exp"]), "both allow= and deny="),
         (lambda: autocast(mlp, allow=["scan"]), "inside of it is painted"),
+        (lambda: autocast(mlp, allow=["lu"]), "it must stay: the decomposition"),
         (lambda: autocast(mlp, deny=["tahn"])(W, X), "Did you mean 'tan"),
         (lambda: autocast(lambda x: x + 1)(X), "no conv_general_dilated or dot_general"),
         (lambda: autocast(lambda x: x + 1)(jnp.arange(3)), "no operation on float32 arrays"),

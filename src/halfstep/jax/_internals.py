@@ -88,6 +88,13 @@ def without_constants(closed: ClosedJaxpr) -> tuple[Jaxpr, list[Any]]:
     return opened, list(closed.consts)
 
 
+def retraced(jaxpr: Jaxpr, dtype: Any) -> Jaxpr:
+    """The program of a scatter's addition, for scalars of another dtype."""
+    function = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
+    scalars = [with_dtype(var.aval, dtype) for var in jaxpr.invars]
+    return trace(function, scalars).jaxpr
+
+
 def is_unspecified(sharding: Any) -> bool:
     """Whether a ``jit`` left this sharding to the compiler."""
     return type(sharding).__name__ == "UnspecifiedValue" or sharding is None

@@ -11,15 +11,16 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from ..core.paint import Explanation, Kind, OperationLists, Row, Rule
+from ..core.paint import ON_NO_LIST, Explanation, Kind, OperationLists, Row, Rule
 from ..core.policy import Policy, PolicyMap, as_policy_map
 from ..errors import PolicyError, nearest
 from . import _internals as internals
+from .build import build
 from .calls import Call, trace_call
 from .evaluate import Painted
 from .operations import OPERATIONS, STRUCTURE
 from .painting import Painter, Wanted, run
-from .program import Program, build
+from .program import Program
 from .scopes import ScopePolicies, split_scope
 
 Function: TypeAlias = Callable[..., Any]
@@ -195,6 +196,10 @@ def _settings(
     both = set(allowed) & set(denied)
     if both:
         raise PolicyError(f"autocast: {sorted(both)} in both allow= and deny=.")
+    for name in allowed:
+        kind, because = OPERATIONS.kind(name)
+        if kind is Kind.OPAQUE and because != ON_NO_LIST:
+            raise PolicyError(f"autocast(allow=...{name!r}...): it must stay: {because}.")
     base = OPERATIONS.matrix_products_only() if level == "matrix_products" else OPERATIONS
     lists = base.changed(allowed, denied)
     return _Settings(fn, as_policy_map(policy), lists, allowed, denied, output_dtype)

@@ -196,6 +196,8 @@ def _low_params(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
     }
     if changed and "weak_type" in params:
         changed["weak_type"] = False
+    if params.get("update_jaxpr") is not None:
+        changed["update_jaxpr"] = internals.retraced(params["update_jaxpr"], dtype)
     return {**params, **changed}
 
 

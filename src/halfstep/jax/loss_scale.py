@@ -283,10 +283,10 @@ def value_and_grad(
     >>> import jax.numpy as jnp
     >>> from halfstep.jax import DynamicLossScale, value_and_grad
     >>> def loss(w):
-    ...     return (w.astype(jnp.float16) ** 2).sum()
+    ...     return (w.astype(jnp.float16) ** 2).mean()
     >>> value, grads, finite = value_and_grad(loss, DynamicLossScale())(jnp.ones(2))
     >>> value, grads, bool(finite)
-    (Array(2., dtype=float16), Array([2., 2.], dtype=float32), True)
+    (Array(1., dtype=float16), Array([1., 1.], dtype=float32), True)
     """
     scale = as_loss_scale(loss_scale)
 

@@ -58,6 +58,7 @@ OPERATIONS = OperationLists(
         "acos": _ANGLE,
         "asin": _ANGLE,
         "rem": _REMAINDER,
+        "erf_inv": "its tails need float32",
     },
     infer={
         "add": _POINTWISE,
@@ -161,7 +162,6 @@ OPERATIONS = OperationLists(
         "debug_callback": "a callback sees float32",
         "debug_print": "a callback sees float32",
         "ffi_call": "a foreign function's dtypes are part of its code",
-        "erf_inv": "its tails need float32",
     },
 )
 """The kind of every primitive that this door knows."""

@@ -12,9 +12,10 @@ from ..core.formats import format_of
 from ..core.paint import Kind, Node, OperationLists, paint
 from ..core.policy import Policy
 from . import _internals as internals
+from .build import build
 from .custom_rules import RUN, Rule
 from .evaluate import Frame, Painted
-from .program import Program, Step, build
+from .program import Program, Step
 from .scopes import split_scope
 
 Wanted = bool | None

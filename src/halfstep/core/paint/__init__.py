@@ -10,6 +10,7 @@ from .graph import Graph as Graph
 from .graph import Kind as Kind
 from .graph import Node as Node
 from .graph import Value as Value
+from .lists import ON_NO_LIST as ON_NO_LIST
 from .lists import OperationLists as OperationLists
 from .passes import Painting as Painting
 from .passes import Rule as Rule
