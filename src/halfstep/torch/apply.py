@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -23,13 +23,23 @@ from ..core.policy import (
 from ..errors import PolicyError, PolicyWarning, nearest
 from . import registry
 from .casting import FLOATS, Cast, FiniteCast, LowCast, dtype_named
-from .layer import attach, detach, is_policied
-from .plan import ATTRIBUTE, LayerPlan, plan_of
+from .layer import attach, detach, is_policied, plain_class, policied_class, register_parameters
+from .plan import LayerPlan, plan_of
 from .region import Region
-from .rules import FLOAT32_WHOLE, HOLDER, PARAMETRIZATION, PLAIN, SEALED, Rule, left_alone, rule_for
+from .rules import (
+    FLOAT32_WHOLE,
+    HOLDER,
+    LEFT_ALONE,
+    PARAMETRIZATION,
+    PLAIN,
+    SEALED,
+    TRANSPARENT,
+    Rule,
+    left_alone,
+    rule_for,
+)
 
-LEFT_ALONE = "left alone"
-_NEVER_ATTACHED = frozenset(rule.name for rule in (HOLDER, PARAMETRIZATION, SEALED))
+_NEVER_ATTACHED = frozenset(rule.name for rule in (HOLDER, PARAMETRIZATION, SEALED, TRANSPARENT))
 _NO_LAYER = _NEVER_ATTACHED | {PLAIN.name, LEFT_ALONE, "loss"}
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,6 +50,7 @@ Functional = Literal["autocast", "compute"]
 class _Options:
     functional: Functional
     output_dtype: str | None
+    part: bool
 
 
 @dataclass(frozen=True)
@@ -95,17 +106,20 @@ def apply_policy(
     """
     _check_arguments(model, output_dtype, functional)
     policies = as_policy_map(global_policy() if policy is None else policy, overrides)
-    plans = _plan(model, policies, _Options(functional, output_dtype))
+    before = plan_of(model)
+    part = before is not None and (before.part or before.path != "")
+    plans = _plan(model, policies, _Options(functional, output_dtype, part))
     _check_plans(model, policies, plans)
-    was_policied = any(is_policied(module) for module in model.modules())
-    if not any(_matters(plan) for plan in plans.values()):
-        if not was_policied:
+    # a part of a model with a policy is surrounded by 16 bits: float32 must be kept up there
+    if not part and not any(_matters(plan) for plan in plans.values()):
+        if not any(is_policied(module) for module in model.modules()):
             _warn_no_change(model, policies, given=policy is not None)
         return remove_policy(model)
-    if was_policied:
-        remove_policy(model)
+    # made first: whatever a class of the model's own says against a subclass, it says before
+    classes = {module: _class_of(module, plan) for module, plan in plans.items()}
+    remove_policy(model)
     for module, plan in plans.items():
-        _carry_out(module, plan)
+        _carry_out(module, plan, classes[module])
     for used in dict.fromkeys(plan.policy for plan in plans.values()):
         compatibility_check(used)
     return model
@@ -179,9 +193,27 @@ def _plan(model: nn.Module, policies: PolicyMap, options: _Options) -> dict[nn.M
             _check_same(plans[module], path, resolved[path])
             continue
         parent = resolved[path.rpartition(".")[0]].policy
-        rule = PARAMETRIZATION if module in parametrizations else rule_for(module, _tensors(module))
+        rule = rule_for(module, _tensors(module))
+        if module in parametrizations:
+            rule = PARAMETRIZATION
+        elif (
+            path and rule is PLAIN and _runs_as_its_parent(module, resolved[path], parent, options)
+        ):
+            rule = TRANSPARENT
         plans[module] = _plan_module(module, path, resolved[path], parent, rule, options)
     return plans
+
+
+def _runs_as_its_parent(
+    module: nn.Module, resolved: Resolved, parent: Policy, options: _Options
+) -> bool:
+    """Whether this is an activation, a pooling or the like, with nothing to do for a policy.
+
+    Such modules are many and small, and a forward of ours around each would cost the host time.
+    """
+    ours_to_skip = type(module).__module__.startswith("torch.nn.") and not module._modules
+    same = resolved.policy.is_low and resolved.policy.compute_dtype == parent.compute_dtype
+    return ours_to_skip and same and options.functional == "autocast"
 
 
 def _keep_losses(
@@ -219,12 +251,15 @@ def _plan_module(
 ) -> LayerPlan:
     policy, alone = resolved.policy, left_alone(module)
     if rule.name in _NEVER_ATTACHED:
-        how = _How(rule.why)
+        how = _How(_words(rule, policy, options.functional))
     elif alone is not None:  # what its neighbours give in 16 bits reaches it in float32
         rule = Rule(LEFT_ALONE, f"left alone: {alone}")
         how = _How(rule.why, LowCast(torch.float32), Region(None))
     else:
         how = _how(module, policy, rule, options.functional)
+        if how.region is None and (not path or policy.compute_dtype != parent.compute_dtype):
+            # autocast of another dtype around it would cast its own 16-bit tensors again
+            how = replace(how, region=Region(None))
     return LayerPlan(
         policy=policy,
         path=path,
@@ -240,6 +275,7 @@ def _plan_module(
         stored=() if alone is not None else _to_store(module, policy, rule),
         functional=options.functional,
         output_dtype=options.output_dtype,
+        part=options.part,
     )
 
 
@@ -248,12 +284,16 @@ def _how(module: nn.Module, policy: Policy, rule: Rule, functional: Functional) 
     if not policy.is_low:
         return _How(f"computes in {policy.compute_dtype}", Cast(compute), Region(None))
     return _How(
-        why=rule.why.format(compute=policy.compute_dtype, functional=functional),
+        why=_words(rule, policy, functional),
         inputs=_inputs(rule, compute, functional),
         region=_region(rule, compute, functional),
         reads=() if rule.weights in ("float32", "rows") else _tensors(module),
         result=Cast(compute) if rule.result else None,
     )
+
+
+def _words(rule: Rule, policy: Policy, functional: Functional) -> str:
+    return rule.why.format(compute=policy.compute_dtype, functional=functional)
 
 
 def _result(
@@ -282,7 +322,9 @@ def _tensors(module: nn.Module) -> tuple[str, ...]:
         and parameters & {f"{name}_g", f"{name}_orig"}
         and value.dtype in FLOATS
     }
-    return tuple(sorted(parameters | parametrized | computed))
+    # only the hook reads what it computes them from
+    sources = {f"{name}_{suffix}" for name in computed for suffix in ("g", "v", "orig")}
+    return tuple(sorted((parameters - sources) | parametrized | computed))
 
 
 def _inputs(rule: Rule, compute: torch.dtype, functional: Functional) -> Cast | None:
@@ -327,6 +369,8 @@ def _check_plans(
                 "forward of its own, which would pass the policy by. Apply the policy first, then "
                 "what replaces its forward."
             )
+        if plan.covers and plan.policy.is_low:
+            _check_covered(module, plan, plans)
     low = [plan for plan in plans.values() if plan.policy.is_low]
     if low and all(plan.rule in _NO_LAYER for plan in low):
         raise PolicyError(
@@ -334,6 +378,20 @@ def _check_plans(
             "A layer is a module that owns floating weights of at most 32 bits; every one here, "
             "if there is any, is left alone or overridden."
         )
+
+
+def _check_covered(
+    module: nn.Module, plan: LayerPlan, plans: Mapping[nn.Module, LayerPlan]
+) -> None:
+    for below in module.modules():
+        other = plans[below]
+        if other.policy.compute_dtype != plan.policy.compute_dtype:
+            raise PolicyError(
+                f"apply_policy: {other.path!r} cannot have another policy ({other.policy.name}) "
+                f"than {plan.path or 'the model'!r} ({plan.policy.name}): a "
+                f"{type(module).__name__} reads its weights without calling it. Name "
+                f"{plan.path or 'the model'!r} instead."
+            )
 
 
 def _warn_no_change(model: nn.Module, policies: PolicyMap, *, given: bool) -> None:
@@ -346,27 +404,19 @@ def _warn_no_change(model: nn.Module, policies: PolicyMap, *, given: bool) -> No
     )
 
 
-def _carry_out(module: nn.Module, plan: LayerPlan) -> None:
+def _class_of(module: nn.Module, plan: LayerPlan) -> type | None:
+    """The class that the module will get, ``None`` for one that keeps its own."""
+    if plan.rule in _NEVER_ATTACHED:
+        return None
+    return policied_class(plain_class(type(module)), plan.reads)
+
+
+def _carry_out(module: nn.Module, plan: LayerPlan, policied: type | None) -> None:
     variable = dtype_named(plan.policy.variable_dtype)
     for name, _ in plan.stored:
         _store(module, name, torch.float32 if plan.reads_where == "float32" else variable)
-    for parameter in module.parameters(recurse=False):
-        tied = registry.policy_of_parameter(parameter)
-        if plan.rule != "left alone" and not (tied is not None and tied.is_low):
-            registry.register(parameter, plan.policy)
-    if plan.rule in _NEVER_ATTACHED or _changes_nothing(module, plan):
-        module.__dict__[ATTRIBUTE] = plan
-    else:
-        attach(module, plan)
-
-
-def _changes_nothing(module: nn.Module, plan: LayerPlan) -> bool:
-    """Whether this is an activation, a pooling or the like, which runs as its parent does.
-
-    Such modules are many and small, and a forward of ours around each would cost the host time.
-    """
-    ours_to_skip = type(module).__module__.startswith("torch.nn.") and not module._modules
-    return ours_to_skip and plan.rule == PLAIN.name and plan.inputs is plan.result is None
+    register_parameters(module, plan)
+    attach(module, plan, policied)
 
 
 def _store(module: nn.Module, name: str, dtype: torch.dtype) -> None:

@@ -15,6 +15,11 @@ FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What is cast. Integers, booleans, complex numbers and float8 (which means nothing without its
 scale) pass as they are."""
 
+SPARSE = frozenset(
+    (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+)
+"""Layouts that are not cast: few of their operations exist in 16 bits."""
+
 LOW = frozenset((torch.float16, torch.bfloat16))
 
 
@@ -41,7 +46,7 @@ class Cast:
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor in ``dtype``, itself where it has it."""
-        if tensor.dtype is self.dtype or tensor.dtype not in FLOATS:
+        if tensor.dtype is self.dtype or tensor.dtype not in FLOATS or tensor.layout in SPARSE:
             return tensor
         return tensor.to(self.dtype)
 
@@ -61,10 +66,11 @@ class FiniteCast(Cast):
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor in ``dtype``, finite where it was finite."""
-        if tensor.dtype is self.dtype or tensor.dtype not in FLOATS:
+        if tensor.dtype is self.dtype or tensor.dtype not in FLOATS or tensor.layout in SPARSE:
             return tensor
         limit = torch.finfo(self.dtype).max
-        if tensor.requires_grad or torch.finfo(tensor.dtype).max <= limit:
+        constant = not tensor.requires_grad and torch.finfo(tensor.dtype).max > limit
+        if not constant or tensor.is_nested:
             return tensor.to(self.dtype)
         held = torch.where(tensor.isinf(), tensor, tensor.clamp(-limit, limit))
         return held.to(self.dtype)

@@ -120,20 +120,53 @@ class WeightGroups:
         return groups
 
 
+@dataclass(frozen=True)
+class _Copy:
+    """A copy, and what its weight looked like when it was made."""
+
+    weight: torch.Tensor
+    looks: tuple[int, int]
+    low: torch.Tensor
+
+    def is_fresh(self, weight: torch.Tensor) -> bool:
+        """Whether the copy is still one of this weight, and can be used as things are now."""
+        low = self.low
+        if self.weight is not weight or self.looks != _looks(weight):
+            return False
+        if low.is_inference() and not torch.is_inference_mode_enabled():
+            return False  # it could not be saved for a backward pass
+        # one made under no_grad has no graph: used now, it would cut the weight's gradient off
+        return low.requires_grad or not (weight.requires_grad and torch.is_grad_enabled())
+
+
+def _looks(tensor: torch.Tensor) -> tuple[int, int]:
+    """What tells a tensor that was written to, or given other data, as far as torch can say."""
+    version = 0 if tensor.is_inference() else tensor._version
+    # only a parameter has memory for certain: torch.func's tensors have none
+    return tensor.data_ptr() if type(tensor) is nn.Parameter else 0, version
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(torch.int16).sum()
+
+
 class WeightCopies:
     """The copies made so far in one call of the outermost module.
 
     Args:
         groups: which weights are cast together.
         watch: remember what each copy looked like, for :meth:`written_to`.
+        kept: it outlives a call, so it keeps copies of parameters only: a weight that is computed
+            in each call is another tensor each time.
     """
 
-    __slots__ = ("_copies", "_groups", "_watched")
+    __slots__ = ("_copies", "_groups", "_kept", "_watched")
 
-    def __init__(self, groups: WeightGroups, watch: bool = False) -> None:
+    def __init__(self, groups: WeightGroups, watch: bool = False, kept: bool = False) -> None:
         self._groups = groups
-        self._copies: dict[Key, tuple[torch.Tensor, int, torch.Tensor]] = {}
-        self._watched: list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]] | None = (
+        self._kept = kept
+        self._copies: dict[Key, _Copy] = {}
+        self._watched: list[tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]] | None = (
             [] if watch else None
         )
 
@@ -143,57 +176,66 @@ class WeightCopies:
 
     def made(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """Return the copy of ``weight`` in ``dtype`` that was made earlier in this call, if any."""
-        made = self._copies.get((id(weight), dtype))
-        return made[2] if made is not None and _fresh(weight, *made) else None
+        copy = self._copies.get((id(weight), dtype))
+        return copy.low if copy is not None and copy.is_fresh(weight) else None
 
     def make(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return a new copy of ``weight`` in ``dtype``; the others of its group are made too."""
         group = self._group(weight, dtype)
         if len(group) < SMALL_GROUP:
-            copies = [weight.to(dtype)]
-            group = [weight]
-        else:
-            copies = cast_together(group, dtype)
-        for original, low in zip(group, copies, strict=True):
-            self._copies[id(original), dtype] = (original, _version(original), low)
-            if self._watched is not None and type(original) is nn.Parameter:
-                self._watched.append((original, low, _looks(low)))
-        return self._copies[id(weight), dtype][2]
+            low = weight.to(dtype)
+            self._remember(weight, dtype, low)
+            return low
+        copies = dict(zip(map(id, group), cast_together(group, dtype), strict=True))
+        for original in group:
+            self._remember(original, dtype, copies[id(original)])
+        return copies[id(weight)]
+
+    def _remember(self, weight: torch.Tensor, dtype: torch.dtype, low: torch.Tensor) -> None:
+        parameter = type(weight) is nn.Parameter
+        if parameter or not self._kept:
+            self._copies[id(weight), dtype] = _Copy(weight, _looks(weight), low)
+        if self._watched is not None and parameter and not transformed():
+            self._watched.append((weight, low, low.data_ptr(), _sum_of_bits(low)))
 
     def _group(self, weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         if _one_by_one():
             return []
         group = self._groups.find(weight, dtype)
-        # a parameter that was frozen, thawed, moved or given another dtype since
-        return [w for w in group if w.requires_grad == weight.requires_grad
-                and w.dtype == weight.dtype and w.device == weight.device]  # fmt: skip
+        # without a parameter that was frozen, thawed, moved or given another dtype since
+        return [
+            other
+            for other in group
+            if other.requires_grad == weight.requires_grad
+            and other.dtype == weight.dtype
+            and other.device == weight.device
+        ]
 
     def written_to(self) -> list[torch.Tensor]:
-        """Return the weights whose copies were changed since they were made (if watched)."""
-        return [weight for weight, low, made in self._watched or () if _looks(low) != made]
+        """Return the weights whose copies were changed since they were made (if watched).
 
-
-def _looks(copy: torch.Tensor) -> tuple[int, int]:
-    return copy.data_ptr(), _version(copy)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _fresh(weight: torch.Tensor, original: torch.Tensor, version: int, low: torch.Tensor) -> bool:
-    if original is not weight or version != _version(weight):
-        return False
-    if low.is_inference() and not torch.is_inference_mode_enabled():
-        return False  # it could not be saved for a backward pass
-    # a copy made under no_grad has no graph: used now, it would cut the weight's gradient off
-    return low.requires_grad or not (weight.requires_grad and torch.is_grad_enabled())
+        It reads the host once. The sum over the bits shows what a version does not: ``.data`` has
+        one of its own.
+        """
+        watched = self._watched or []
+        now = [_sum_of_bits(low) for _, low, _, _ in watched]
+        then = [bits for _, _, _, bits in watched]
+        same = [True] * len(watched)
+        if watched and not any(low.is_meta for _, low, _, _ in watched):
+            home = now[0].device
+            pairs = zip(now, then, strict=True)
+            same = torch.stack([(a == b).to(home) for a, b in pairs]).tolist()
+        return [
+            weight
+            for (weight, low, place, _), alike in zip(watched, same, strict=True)
+            if not alike or low.data_ptr() != place
+        ]
 
 
 def _one_by_one() -> bool:
     """Whether the weights of a group must be cast one by one just now."""
-    if transformed():
-        return True  # torch.func differentiates and batches plain casts by itself
+    if transformed() or torch._C._get_tracing_state() is not None:
+        return True  # torch.func and the tracer know plain casts, and no autograd.Function
     ddp = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     # it looks in the graph for parameters that take no part in this step; in a group all do
     return ddp is not None and ddp.find_unused_parameters
@@ -249,17 +291,37 @@ def devices_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(kind for kind in types if torch.amp.is_autocast_available(kind))
 
 
+def is_selective() -> bool:
+    """Whether selective activation checkpointing records or replays operations just now.
+
+    It wants the recomputation of a block to do what the block did; a copy that one block made and
+    the next one used would be missing there. So each reading casts by itself then.
+    """
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    mode = type(torch.utils._python_dispatch._get_current_dispatch_mode())
+    return mode.__module__ == "torch.utils.checkpoint"
+
+
 class _Calls(threading.local):
     """The policied modules whose forward this thread is in, and the copies they share."""
 
     def __init__(self) -> None:
         self.stack: list[nn.Module] = []
         self.copies: WeightCopies | None = None
-        self.kept: WeightCopies | None = None
+        self.kept: list[tuple[frozenset[int], WeightCopies]] = []
         self.devices: tuple[str, ...] = ()
 
 
 calls = _Calls()
+
+
+def copies_for(module: nn.Module, entry: Entry, watch: bool) -> WeightCopies:
+    """Return the copies that a call of ``module`` from outside uses: kept ones, or new ones."""
+    for modules, copies in reversed(calls.kept):
+        if id(module) in modules:
+            return copies
+    return WeightCopies(entry.groups, watch)
 
 
 @contextmanager
@@ -288,12 +350,11 @@ def weights_unchanged(model: nn.Module) -> Iterator[None]:
             f"weights_unchanged: no policy was applied to this {type(model).__name__}; "
             "call apply_policy first."
         )
-    copies = WeightCopies(entry_of(model).groups)
-    before = calls.kept
-    calls.kept = copies
+    copies = WeightCopies(entry_of(model).groups, kept=True)
+    calls.kept.append((frozenset(map(id, model.modules())), copies))
     hook = register_optimizer_step_post_hook(lambda *_: copies.clear())
     try:
         yield
     finally:
         hook.remove()
-        calls.kept = before
+        calls.kept.pop()

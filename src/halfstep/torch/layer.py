@@ -13,21 +13,24 @@ import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
 
 from ..errors import PolicyError, PolicyWarning
+from . import registry
 from .casting import LOW, cast_call, cast_nested
-from .copies import WeightCopies, calls, entry_of, forget_entry
+from .copies import WeightCopies, calls, copies_for, entry_of, forget_entry, is_selective
 from .plan import ATTRIBUTE, LayerPlan, plan_of
 from .region import leave
-from .rules import PARAMETERS, SWITCHES
+from .rules import LEFT_ALONE, PARAMETERS, SWITCHES
 
 Forward = Callable[..., Any]
 
 _BASE = "_halfstep_base"
-_classes: dict[tuple[type, tuple[str, ...]], type] = {}
+# weakly on both sides: every parametrized module brings a class of its own, which knows the module
+_classes: WeakKeyDictionary[type, WeakValueDictionary[tuple[str, ...], type]] = WeakKeyDictionary()
 
 
 def is_policied(module: nn.Module) -> bool:
@@ -43,17 +46,28 @@ def plain_class(cls: type) -> type:
 
 def policied_class(base: type, reads: tuple[str, ...]) -> type:
     """Return the subclass of ``base`` that follows a plan and has ``reads`` as properties."""
-    key = (base, reads)
-    if key not in _classes:
-        _classes[key] = _make_class(base, reads)
-    return _classes[key]
+    known = _classes.setdefault(base, WeakValueDictionary())
+    made = known.get(reads)
+    if made is None:
+        made = known[reads] = _make_class(base, reads)
+    return made
 
 
-def attach(module: nn.Module, plan: LayerPlan) -> None:
-    """Give the module its plan and the class that follows it."""
-    base = plain_class(type(module))
+def register_parameters(module: nn.Module, plan: LayerPlan) -> None:
+    """Write down for loss scaling which policy the module's own parameters have."""
+    if plan.rule == LEFT_ALONE:
+        return
+    for parameter in module._parameters.values():
+        tied = None if parameter is None else registry.policy_of_parameter(parameter)
+        if parameter is not None and not (tied is not None and tied.is_low):
+            registry.register(parameter, plan.policy)
+
+
+def attach(module: nn.Module, plan: LayerPlan, policied: type | None) -> None:
+    """Give the module its plan and, unless it keeps its own, the class that follows it."""
     module.__dict__[ATTRIBUTE] = plan
-    module.__class__ = policied_class(base, plan.reads)
+    if policied is not None:
+        module.__class__ = policied
     forget_entry(module)
 
 
@@ -78,6 +92,8 @@ def _make_class(base: type, reads: tuple[str, ...]) -> type:
         "__reduce_ex__": _reduce(base, reads),
         "forward": _forward(base),
         "_apply": _apply(base),
+        "__setstate__": _setstate(base),
+        "register_parameter": _register_parameter(base),
     }
     if issubclass(base, nn.modules.lazy.LazyModuleMixin) and base.cls_to_become is not None:
         # at its first call a lazy module becomes another class: that class under the policy
@@ -98,7 +114,9 @@ def _init(base: type) -> Callable[..., None]:
 
 def _reduce(base: type, reads: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        made = base.__reduce_ex__(self, protocol)  # type: ignore[call-arg, arg-type]
+        made: Any = base.__reduce_ex__(self, protocol)  # type: ignore[call-arg, arg-type]
+        if len(made) < 3:
+            return tuple(made)  # a class that makes a new object of itself, and no state
         # (reconstruct, arguments, state, ...): same state, but the object gets our class
         return (_rebuild, (base, reads), *made[2:])
 
@@ -188,7 +206,11 @@ def read(module: nn.Module, value: Any) -> Any:
     plan = plan_of(module)
     if value is None or plan is None or not _inside(module):
         return value
-    copies = None if torch.compiler.is_compiling() else calls.copies
+    region = plan.region
+    if region is not None and region.dtype is not None and not _autocasts(value):
+        return value  # the module's own forward has switched autocast off around this
+    cached = not torch.compiler.is_compiling() and not is_selective()
+    copies = calls.copies if cached else None
     if copies is not None:
         low = copies.made(value, plan.compute)  # first: it answers most readings
         if low is not None:
@@ -198,18 +220,36 @@ def read(module: nn.Module, value: Any) -> Any:
     return value.to(plan.compute) if copies is None else copies.make(value, plan.compute)
 
 
+def _autocasts(value: torch.Tensor) -> bool:
+    device = value.device.type
+    known = torch.compiler.is_compiling() or device in calls.devices
+    return not known or torch.is_autocast_enabled(device)
+
+
 def _inside(module: nn.Module) -> bool:
     """Whether this thread is in the forward of ``module``, or of the parent that acts for it."""
     stack = calls.stack
     if not stack:
-        return False
+        return _recomputing()
     innermost = stack[-1]
     if innermost is module:
         return True
     acting, own = plan_of(innermost), plan_of(module)
     if acting is None or own is None or not (acting.covers or own.rule == PARAMETERS.name):
         return False
-    return any(below is module for below in innermost.modules())
+    near = any(child is module for child in innermost._modules.values())
+    return near or any(below is module for below in innermost.modules())
+
+
+def _recomputing() -> bool:
+    """Whether activation checkpointing runs a piece of some forward again.
+
+    It does so in the middle of a backward pass with gradients enabled, which hooks on gradients
+    do not have; what that piece reads must be what it read the first time.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
 
 
 def _forward(base: type) -> Forward:
@@ -246,8 +286,9 @@ def _run_outermost(
     forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any
 ) -> Any:
     entry = entry_of(self)
-    watch = self.training not in entry.watched
-    copies = calls.kept if calls.kept is not None else WeightCopies(entry.groups, watch)
+    tracing = torch._C._get_tracing_state() is not None
+    watch = self.training not in entry.watched and not tracing
+    copies = copies_for(self, entry, watch)
     calls.copies, calls.devices = copies, entry.devices
     saved = plan.region.enter(calls.devices) if plan.region is not None else None
     calls.stack.append(self)
@@ -306,20 +347,36 @@ def _check_loss(model: nn.Module, plan: LayerPlan, result: Any) -> None:
 def _run_compiling(
     forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any
 ) -> Any:
-    calls.stack.append(self)
+    quietly = torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer
+    quietly(_push, self)
     try:
         if plan.region is None:
             return forward(self, *args, **kwargs)
         with plan.region.context(self_device(self)):
             return forward(self, *args, **kwargs)
     finally:
-        calls.stack.pop()
+        quietly(_pop)
+
+
+# Dynamo refuses side effects inside of a checkpointed function; these two undo each other.
+def _push(module: nn.Module) -> None:
+    calls.stack.append(module)
+
+
+def _pop() -> None:
+    calls.stack.pop()
+
+
+_TWO_DTYPES = (
+    "same dtype", "same scalar type", "expected scalar type", "dtypes match", "mixed dtype",
+    "to have the same type", "should be the same",
+)  # fmt: skip
+"""What torch says, here and there, when two dtypes meet in one operation."""
 
 
 def _explain(error: RuntimeError, plan: LayerPlan) -> None:
     """Add to torch's complaint about two dtypes where they met and what helps."""
-    text = str(error)
-    mixed = "dtype" in text and ("same" in text or "expected" in text.lower())
+    mixed = any(words in str(error) for words in _TWO_DTYPES)
     if not mixed or getattr(error, "__notes__", None):
         return
     advice = (
@@ -334,9 +391,34 @@ def _explain(error: RuntimeError, plan: LayerPlan) -> None:
     )
 
 
+def _register(module: nn.Module) -> None:
+    plan = plan_of(module)
+    if plan is not None:
+        register_parameters(module, plan)
+
+
 def _apply(base: type) -> Forward:
     def apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forget_entry(self)  # .to(), .cuda(), .half(): weights move or change
-        return base._apply(self, *args, **kwargs)  # type: ignore[attr-defined]
+        result = base._apply(self, *args, **kwargs)  # type: ignore[attr-defined]
+        _register(self)
+        return result
 
     return apply
+
+
+def _setstate(base: type) -> Callable[[nn.Module, Any], None]:
+    def setstate(self: nn.Module, state: Any) -> None:
+        base.__setstate__(self, state)  # type: ignore[attr-defined]
+        _register(self)  # a deep copy, or one from a file: its parameters are new
+
+    return setstate
+
+
+def _register_parameter(base: type) -> Callable[..., None]:
+    @functools.wraps(base.register_parameter)  # type: ignore[attr-defined]
+    def register_parameter(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        base.register_parameter(self, *args, **kwargs)  # type: ignore[attr-defined]
+        _register(self)
+
+    return register_parameter

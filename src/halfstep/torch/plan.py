@@ -35,6 +35,7 @@ class LayerPlan:
         stored: its own parameters whose dtype the policy changed, with the dtype they had.
         functional: the argument of ``apply_policy``.
         output_dtype: the argument of ``apply_policy``, for the model itself.
+        part: whether the policy was applied to a part of a model that had one.
     """
 
     policy: Policy
@@ -51,6 +52,7 @@ class LayerPlan:
     stored: tuple[tuple[str, torch.dtype], ...]
     functional: str
     output_dtype: str | None
+    part: bool
 
     def casts(self, weight: torch.Tensor) -> bool:
         """Whether the module reads this tensor of its own as a copy in the compute dtype.

@@ -47,6 +47,10 @@ class Rule:
 
 
 PLAIN = Rule("plain", "no weights: functional={functional!r}", inside="functional")
+LEFT_ALONE = "left alone"
+"""The name of the rule for what no policy can be given to."""
+
+TRANSPARENT = Rule("transparent", PLAIN.why)
 HOLDER = Rule("holder", "holds modules and is never called")
 SEALED = Rule("scripted", "left alone: a scripted module is sealed")
 PARAMETERS = Rule("parameters", "{compute} where the module that holds them reads them")

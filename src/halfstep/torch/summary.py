@@ -12,6 +12,8 @@ from ..errors import PolicyError
 from .plan import plan_of
 
 AS_IT_IS = "as it is"
+NO_POLICY = "-"
+_IN_WORDS = {AS_IT_IS: "left alone", NO_POLICY: "without a policy"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class PolicySummary:
         lines.insert(1, "-" * max(map(len, lines)))
         counts = Counter(row.compute_dtype for row in self.rows)
         total = ", ".join(
-            f"{count} {'left alone' if dtype == AS_IT_IS else f'in {dtype}'}"
+            f"{count} {_IN_WORDS.get(dtype, f'in {dtype}')}"
             for dtype, count in counts.most_common()
         )
         return "\n".join([*lines, f"{len(self.rows)} modules: {total}"])
@@ -103,6 +105,6 @@ def _row(path: str, module: nn.Module) -> SummaryRow:
     variables = "+".join(stored) or "-"
     kind = type(module).__name__
     if plan is None:
-        return SummaryRow(path, kind, None, "-", variables, "no policy")
+        return SummaryRow(path, kind, None, NO_POLICY, variables, "no policy")
     compute = AS_IT_IS if plan.rule in ("left alone", "scripted") else plan.policy.compute_dtype
     return SummaryRow(path, kind, plan.policy.name, compute, variables, plan.why)
