@@ -316,7 +316,6 @@ def test_a_class_that_refuses_subclasses_leaves_the_model_as_it_was():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # torch traces numel() too
 def test_tracing():
     model = apply_policy(two_layers(), "mixed_bfloat16")
     traced = torch.jit.trace(model, x())

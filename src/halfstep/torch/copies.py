@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import PolicyError
-from .plan import plan_of, transformed
+from .plan import plan_of, traced, transformed
 
 GROUP_BYTES = 64 * 2**20
 """How many bytes of weights are cast together at most: a group's gradients are all in memory
@@ -234,7 +234,7 @@ class WeightCopies:
 
 def _one_by_one() -> bool:
     """Whether the weights of a group must be cast one by one just now."""
-    if transformed() or torch._C._get_tracing_state() is not None:
+    if transformed() or traced():
         return True  # torch.func and the tracer know plain casts, and no autograd.Function
     ddp = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     # it looks in the graph for parameters that take no part in this step; in a group all do
@@ -258,6 +258,8 @@ _entries: WeakKeyDictionary[nn.Module, Entry] = WeakKeyDictionary()
 
 def entry_of(module: nn.Module) -> Entry:
     """Return what is known of ``module`` as an outermost one; found out at its first call."""
+    if traced():
+        return Entry(WeightGroups(()), devices_of(module))
     entry = _entries.get(module)
     if entry is None:
         entry = Entry(WeightGroups(weights_below(module)), devices_of(module))

@@ -22,7 +22,7 @@ from ..errors import PolicyError, PolicyWarning
 from . import registry
 from .casting import LOW, cast_call, cast_nested
 from .copies import WeightCopies, calls, copies_for, entry_of, forget_entry, is_selective
-from .plan import ATTRIBUTE, LayerPlan, plan_of
+from .plan import ATTRIBUTE, LayerPlan, plan_of, traced
 from .region import leave
 from .rules import LEFT_ALONE, PARAMETERS, SWITCHES
 
@@ -286,8 +286,7 @@ def _run_outermost(
     forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any
 ) -> Any:
     entry = entry_of(self)
-    tracing = torch._C._get_tracing_state() is not None
-    watch = self.training not in entry.watched and not tracing
+    watch = self.training not in entry.watched and not traced()
     copies = copies_for(self, entry, watch)
     calls.copies, calls.devices = copies, entry.devices
     saved = plan.region.enter(calls.devices) if plan.region is not None else None

@@ -81,3 +81,8 @@ def transformed() -> bool:
 def plan_of(module: nn.Module) -> LayerPlan | None:
     """Return the plan of a module, ``None`` where no policy was applied to it."""
     return module.__dict__.get(ATTRIBUTE)
+
+
+def traced() -> bool:
+    """Whether ``torch.jit.trace`` is under way, which records even the size of a weight."""
+    return torch._C._get_tracing_state() is not None
