@@ -109,8 +109,12 @@ def _float32(owner: str, name: str, value: Any) -> float:
     """The value as the state will hold it, so that a floor or a ceiling is met exactly."""
     if not _is_number(value):
         raise LossScaleError(f"{owner}({name}={value!r}): it must be a number.")
+    try:
+        number = float(value)
+    except OverflowError:  # a Python int knows no limit
+        return math.inf
     # what is past the limits of every field stays past them, without an overflow
-    return float(np.float32(value)) if abs(value) <= 2.0**127 else math.inf
+    return float(np.float32(number)) if abs(number) <= 2.0**127 else math.inf
 
 
 def _whole(owner: str, name: str, value: Any) -> int:
