@@ -3,65 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from ..core.compatibility import compatibility_check
 from ..core.policy import (
     DTYPES,
     Policy,
     PolicyMap,
-    Resolved,
     as_policy_map,
     global_policy,
 )
 from ..errors import PolicyError, PolicyWarning, nearest
 from . import registry
-from .casting import FLOATS, Cast, FiniteCast, LowCast, dtype_named
+from .casting import dtype_named
 from .layer import attach, detach, is_policied, plain_class, policied_class, register_parameters
 from .plan import LayerPlan, plan_of
-from .region import Region
-from .rules import (
-    FLOAT32_WHOLE,
-    HOLDER,
-    LEFT_ALONE,
-    PARAMETRIZATION,
-    PLAIN,
-    SEALED,
-    TRANSPARENT,
-    Rule,
-    left_alone,
-    rule_for,
-)
+from .planning import NEVER_ATTACHED, Functional, Options, plan_model
+from .rules import LEFT_ALONE, PLAIN
 
-_NEVER_ATTACHED = frozenset(rule.name for rule in (HOLDER, PARAMETRIZATION, SEALED, TRANSPARENT))
-_NO_LAYER = _NEVER_ATTACHED | {PLAIN.name, LEFT_ALONE, "loss"}
+_NO_LAYER = NEVER_ATTACHED | {PLAIN.name, LEFT_ALONE, "loss"}
 
 Model = TypeVar("Model", bound=nn.Module)
-Functional = Literal["autocast", "compute"]
-
-
-@dataclass(frozen=True)
-class _Options:
-    functional: Functional
-    output_dtype: str | None
-    part: bool
-
-
-@dataclass(frozen=True)
-class _How:
-    """The part of a plan that a rule decides."""
-
-    why: str
-    inputs: Cast | None = None
-    region: Region | None = None
-    reads: tuple[str, ...] = ()
-    result: Cast | None = None
 
 
 def apply_policy(
@@ -108,7 +74,7 @@ def apply_policy(
     policies = as_policy_map(global_policy() if policy is None else policy, overrides)
     before = plan_of(model)
     part = before is not None and (before.part or before.path != "")
-    plans = _plan(model, policies, _Options(functional, output_dtype, part))
+    plans = plan_model(model, policies, Options(functional, output_dtype, part))
     _check_plans(model, policies, plans)
     # a part of a model with a policy is surrounded by 16 bits: float32 must be kept up there
     if not part and not any(_matters(plan) for plan in plans.values()):
@@ -172,189 +138,6 @@ def _check_arguments(model: object, output_dtype: object, functional: object) ->
         )
 
 
-def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every path of every module: a module that lies in two places has two."""
-    seen: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    yield from seen.items()
-
-
-def _plan(model: nn.Module, policies: PolicyMap, options: _Options) -> dict[nn.Module, LayerPlan]:
-    paths = dict(_paths(model))
-    resolved = _keep_losses(policies.resolve(paths), paths)
-    parametrizations = {
-        below
-        for module in paths.values()
-        if isinstance(module, ParametrizationList)
-        for below in module.modules()
-    }
-    plans: dict[nn.Module, LayerPlan] = {}
-    for path, module in paths.items():
-        if module in plans:
-            _check_same(plans[module], path, resolved[path])
-            continue
-        parent = resolved[path.rpartition(".")[0]].policy
-        rule = rule_for(module, _tensors(module))
-        if module in parametrizations:
-            rule = PARAMETRIZATION
-        elif (
-            path and rule is PLAIN and _runs_as_its_parent(module, resolved[path], parent, options)
-        ):
-            rule = TRANSPARENT
-        plans[module] = _plan_module(module, path, resolved[path], parent, rule, options)
-    return plans
-
-
-def _runs_as_its_parent(
-    module: nn.Module, resolved: Resolved, parent: Policy, options: _Options
-) -> bool:
-    """Whether this is an activation, a pooling or the like, with nothing to do for a policy.
-
-    Such modules are many and small, and a forward of ours around each would cost the host time.
-    """
-    ours_to_skip = type(module).__module__.startswith("torch.nn.") and not module._modules
-    same = resolved.policy.is_low and resolved.policy.compute_dtype == parent.compute_dtype
-    return ours_to_skip and same and options.functional == "autocast"
-
-
-def _keep_losses(
-    resolved: dict[str, Resolved], paths: Mapping[str, nn.Module]
-) -> dict[str, Resolved]:
-    """Give the losses that own layers, and those layers, float32 where no override names them."""
-    for loss in [path for path, module in paths.items() if isinstance(module, FLOAT32_WHOLE)]:
-        for path in paths:
-            if _lies_in(path, loss) and not (
-                resolved[path].key is not None and _lies_in(resolved[path].at, loss)
-            ):
-                resolved[path] = Resolved(Policy("float32"), None, "", "part of a loss")
-    return resolved
-
-
-def _lies_in(path: str, above: str) -> bool:
-    return not above or path == above or path.startswith(above + ".")
-
-
-def _check_same(plan: LayerPlan, path: str, resolved: Resolved) -> None:
-    if plan.policy != resolved.policy:
-        raise PolicyError(
-            f"apply_policy: {plan.path!r} and {path!r} are the same module and were given two "
-            f"policies, {plan.policy} and {resolved.policy}."
-        )
-
-
-def _plan_module(
-    module: nn.Module,
-    path: str,
-    resolved: Resolved,
-    parent: Policy,
-    rule: Rule,
-    options: _Options,
-) -> LayerPlan:
-    policy, alone = resolved.policy, left_alone(module)
-    if rule.name in _NEVER_ATTACHED:
-        how = _How(_words(rule, policy, options.functional))
-    elif alone is not None:  # what its neighbours give in 16 bits reaches it in float32
-        rule = Rule(LEFT_ALONE, f"left alone: {alone}")
-        how = _How(rule.why, LowCast(torch.float32), Region(None))
-    else:
-        how = _how(module, policy, rule, options.functional)
-        if how.region is None and (not path or policy.compute_dtype != parent.compute_dtype):
-            # autocast of another dtype around it would cast its own 16-bit tensors again
-            how = replace(how, region=Region(None))
-    return LayerPlan(
-        policy=policy,
-        path=path,
-        why=f"{resolved.why}; {how.why}",
-        rule=rule.name,
-        compute=dtype_named(policy.compute_dtype),
-        inputs=how.inputs,
-        reads=how.reads,
-        reads_where=rule.weights,
-        covers=rule.covers,
-        region=how.region,
-        result=_result(how, path, policy, parent, options.output_dtype),  # moot if never attached
-        stored=() if alone is not None else _to_store(module, policy, rule),
-        functional=options.functional,
-        output_dtype=options.output_dtype,
-        part=options.part,
-    )
-
-
-def _how(module: nn.Module, policy: Policy, rule: Rule, functional: Functional) -> _How:
-    compute = dtype_named(policy.compute_dtype)
-    if not policy.is_low:
-        return _How(f"computes in {policy.compute_dtype}", Cast(compute), Region(None))
-    return _How(
-        why=_words(rule, policy, functional),
-        inputs=_inputs(rule, compute, functional),
-        region=_region(rule, compute, functional),
-        reads=() if rule.weights in ("float32", "rows") else _tensors(module),
-        result=Cast(compute) if rule.result else None,
-    )
-
-
-def _words(rule: Rule, policy: Policy, functional: Functional) -> str:
-    return rule.why.format(compute=policy.compute_dtype, functional=functional)
-
-
-def _result(
-    how: _How, path: str, policy: Policy, parent: Policy, output_dtype: str | None
-) -> Cast | None:
-    if not path and output_dtype is not None:
-        return LowCast(dtype_named(output_dtype))
-    if path and policy.is_low and not parent.is_low:
-        # a float32 parent goes on in float32; a cast up loses nothing
-        return LowCast(dtype_named(parent.compute_dtype))
-    return how.result
-
-
-def _tensors(module: nn.Module) -> tuple[str, ...]:
-    """Names of the module's own tensors that stand for weights.
-
-    Its parameters, parametrized tensors, and what a hook computes from a parameter before each
-    call (``torch.nn.utils.weight_norm``, ``spectral_norm`` and ``prune`` do so).
-    """
-    parameters = {name for name, value in module._parameters.items() if value is not None}
-    parametrized = set(getattr(module, "parametrizations", ()))
-    computed = {
-        name
-        for name, value in module.__dict__.items()
-        if isinstance(value, torch.Tensor)
-        and parameters & {f"{name}_g", f"{name}_orig"}
-        and value.dtype in FLOATS
-    }
-    # only the hook reads what it computes them from
-    sources = {f"{name}_{suffix}" for name in computed for suffix in ("g", "v", "orig")}
-    return tuple(sorted((parameters - sources) | parametrized | computed))
-
-
-def _inputs(rule: Rule, compute: torch.dtype, functional: Functional) -> Cast | None:
-    if rule.inputs == "float32":
-        return Cast(torch.float32)
-    if rule.inputs == "cast":
-        return Cast(compute)
-    if rule.inputs == "cast finite" or (functional == "compute" and rule.name == "plain"):
-        return FiniteCast(compute)
-    return None
-
-
-def _region(rule: Rule, compute: torch.dtype, functional: Functional) -> Region | None:
-    if rule.inside == "off":
-        return Region(None)
-    if rule.inside == "on" or (rule.inside == "functional" and functional == "autocast"):
-        return Region(compute)
-    return None
-
-
-def _to_store(module: nn.Module, policy: Policy, rule: Rule) -> tuple[tuple[str, torch.dtype], ...]:
-    """The module's parameters whose dtype is not the policy's variable dtype, with theirs."""
-    wanted = torch.float32 if rule.weights == "float32" else dtype_named(policy.variable_dtype)
-    return tuple(
-        (name, parameter.dtype)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dtype in FLOATS and parameter.dtype is not wanted
-    )
-
-
 def _matters(plan: LayerPlan) -> bool:
     return plan.policy.is_low or bool(plan.stored)
 
@@ -363,7 +146,7 @@ def _check_plans(
     model: nn.Module, policies: PolicyMap, plans: Mapping[nn.Module, LayerPlan]
 ) -> None:
     for module, plan in plans.items():
-        if "forward" in module.__dict__ and plan.rule not in _NEVER_ATTACHED:
+        if "forward" in module.__dict__ and plan.rule not in NEVER_ATTACHED:
             raise PolicyError(
                 f"apply_policy: {plan.path or 'the model'!r} ({type(module).__name__}) carries a "
                 "forward of its own, which would pass the policy by. Apply the policy first, then "
@@ -406,7 +189,7 @@ def _warn_no_change(model: nn.Module, policies: PolicyMap, *, given: bool) -> No
 
 def _class_of(module: nn.Module, plan: LayerPlan) -> type | None:
     """The class that the module will get, ``None`` for one that keeps its own."""
-    if plan.rule in _NEVER_ATTACHED:
+    if plan.rule in NEVER_ATTACHED:
         return None
     return policied_class(plain_class(type(module)), plan.reads)
 

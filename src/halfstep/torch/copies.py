@@ -170,6 +170,11 @@ class WeightCopies:
             [] if watch else None
         )
 
+    @property
+    def watches(self) -> bool:
+        """Whether it can say which copies were written to."""
+        return self._watched is not None
+
     def clear(self) -> None:
         """Forget every copy."""
         self._copies.clear()

@@ -10,7 +10,6 @@ where they are, so ``state_dict``, optimizers and everything else that asks for 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -18,15 +17,12 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import nn
 
-from ..errors import PolicyError, PolicyWarning
 from . import registry
-from .casting import LOW, cast_call, cast_nested
-from .copies import WeightCopies, calls, copies_for, entry_of, forget_entry, is_selective
-from .plan import ATTRIBUTE, LayerPlan, plan_of, traced
-from .region import leave
-from .rules import LEFT_ALONE, PARAMETERS, SWITCHES
-
-Forward = Callable[..., Any]
+from .casting import cast_call, cast_nested
+from .copies import forget_entry
+from .plan import ATTRIBUTE, LayerPlan, plan_of
+from .rules import LEFT_ALONE, SWITCHES
+from .running import Forward, inside, read, run, self_device
 
 _BASE = "_halfstep_base"
 # weakly on both sides: every parametrized module brings a class of its own, which knows the module
@@ -176,20 +172,13 @@ def _parametrized_weight(computed: property) -> property:
 
     def get(self: nn.Module) -> Any:
         plan = plan_of(self)
-        if plan is None or not _inside(self):
+        if plan is None or not inside(self):
             return compute(self)
         with torch.autocast(self_device(self), enabled=False):
             value = compute(self)
         return value.to(plan.compute) if plan.casts(value) else value
 
     return property(get, computed.fset, computed.fdel)
-
-
-def self_device(module: nn.Module) -> str:
-    """Return the type of device of a module's first parameter, ``"cpu"`` if it has none."""
-    for parameter in module.parameters():
-        return parameter.device.type
-    return "cpu"
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
@@ -201,57 +190,6 @@ def _attribute(module: nn.Module, name: str) -> Any:
         ) from None
 
 
-def read(module: nn.Module, value: Any) -> Any:
-    """Return a module's tensor: in the compute dtype inside its own forward, else as it is."""
-    plan = plan_of(module)
-    if value is None or plan is None or not _inside(module):
-        return value
-    region = plan.region
-    if region is not None and region.dtype is not None and not _autocasts(value):
-        return value  # the module's own forward has switched autocast off around this
-    cached = not torch.compiler.is_compiling() and not is_selective()
-    copies = calls.copies if cached else None
-    if copies is not None:
-        low = copies.made(value, plan.compute)  # first: it answers most readings
-        if low is not None:
-            return low
-    if not plan.casts(value):
-        return value
-    return value.to(plan.compute) if copies is None else copies.make(value, plan.compute)
-
-
-def _autocasts(value: torch.Tensor) -> bool:
-    device = value.device.type
-    known = torch.compiler.is_compiling() or device in calls.devices
-    return not known or torch.is_autocast_enabled(device)
-
-
-def _inside(module: nn.Module) -> bool:
-    """Whether this thread is in the forward of ``module``, or of the parent that acts for it."""
-    stack = calls.stack
-    if not stack:
-        return _recomputing()
-    innermost = stack[-1]
-    if innermost is module:
-        return True
-    acting, own = plan_of(innermost), plan_of(module)
-    if acting is None or own is None or not (acting.covers or own.rule == PARAMETERS.name):
-        return False
-    near = any(child is module for child in innermost._modules.values())
-    return near or any(below is module for below in innermost.modules())
-
-
-def _recomputing() -> bool:
-    """Whether activation checkpointing runs a piece of some forward again.
-
-    It does so in the middle of a backward pass with gradients enabled, which hooks on gradients
-    do not have; what that piece reads must be what it read the first time.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
-
-
 def _forward(base: type) -> Forward:
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -260,134 +198,10 @@ def _forward(base: type) -> Forward:
             return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         if plan.inputs is not None:
             args, kwargs = cast_call(args, kwargs, plan.inputs)
-        run = _run_compiling if torch.compiler.is_compiling() else _run
         result = run(base.forward, self, plan, args, kwargs)  # type: ignore[attr-defined]
         return result if plan.result is None else cast_nested(result, plan.result)
 
     return forward
-
-
-def _run(forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any) -> Any:
-    if not calls.stack:
-        return _run_outermost(forward, self, plan, args, kwargs)
-    saved = plan.region.enter(calls.devices) if plan.region is not None else None
-    calls.stack.append(self)
-    try:
-        return forward(self, *args, **kwargs)
-    except RuntimeError as error:
-        _explain(error, plan)
-        raise
-    finally:
-        calls.stack.pop()
-        leave(saved)
-
-
-def _run_outermost(
-    forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any
-) -> Any:
-    entry = entry_of(self)
-    watch = self.training not in entry.watched and not traced()
-    copies = copies_for(self, entry, watch)
-    calls.copies, calls.devices = copies, entry.devices
-    saved = plan.region.enter(calls.devices) if plan.region is not None else None
-    calls.stack.append(self)
-    try:
-        result = forward(self, *args, **kwargs)
-    except RuntimeError as error:
-        _explain(error, plan)
-        raise
-    finally:
-        calls.stack.clear()
-        calls.copies = None
-        leave(saved)
-    if watch:
-        _check_written(self, copies)
-        _check_loss(self, plan, result)
-        entry.watched.add(self.training)
-    return result
-
-
-def _check_written(model: nn.Module, copies: WeightCopies) -> None:
-    """Raise if a layer changed a weight in its forward: the change went to a copy."""
-    written = set(map(id, copies.written_to()))
-    if not written:
-        return
-    names = [name for name, weight in model.named_parameters() if id(weight) in written]
-    raise PolicyError(
-        f"The forward of this {type(model).__name__} changes {', '.join(names)}, but what it "
-        "sees there is a 16-bit copy: the weight itself would stay as it is. Give the layer the "
-        "policy 'float32' (overrides={'<path>': 'float32'}), or change the weight outside of "
-        "forward."
-    )
-
-
-def _check_loss(model: nn.Module, plan: LayerPlan, result: Any) -> None:
-    """Warn of a loss that the model computed itself, in 16 bits: its cast to float32 is late."""
-    if plan.path or plan.functional != "compute":
-        return
-    found: list[torch.Tensor] = []
-
-    def look(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() == 0 and tensor.dtype in LOW and tensor.requires_grad:
-            found.append(tensor)
-        return tensor
-
-    cast_nested(result, look)
-    if found:
-        warnings.warn(
-            f"This {type(model).__name__} returns a scalar in {found[0].dtype} that requires grad: "
-            "a loss, computed in 16 bits. Compute it outside of the model, from outputs in "
-            "float32, or use functional='autocast'.",
-            PolicyWarning,
-            stacklevel=5,
-        )
-
-
-def _run_compiling(
-    forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any
-) -> Any:
-    quietly = torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer
-    quietly(_push, self)
-    try:
-        if plan.region is None:
-            return forward(self, *args, **kwargs)
-        with plan.region.context(self_device(self)):
-            return forward(self, *args, **kwargs)
-    finally:
-        quietly(_pop)
-
-
-# Dynamo refuses side effects inside of a checkpointed function; these two undo each other.
-def _push(module: nn.Module) -> None:
-    calls.stack.append(module)
-
-
-def _pop() -> None:
-    calls.stack.pop()
-
-
-_TWO_DTYPES = (
-    "same dtype", "same scalar type", "expected scalar type", "dtypes match", "mixed dtype",
-    "to have the same type", "should be the same",
-)  # fmt: skip
-"""What torch says, here and there, when two dtypes meet in one operation."""
-
-
-def _explain(error: RuntimeError, plan: LayerPlan) -> None:
-    """Add to torch's complaint about two dtypes where they met and what helps."""
-    mixed = any(words in str(error) for words in _TWO_DTYPES)
-    if not mixed or getattr(error, "__notes__", None):
-        return
-    advice = (
-        "keep what this module makes itself in its inputs' dtype, give it a policy of its own, "
-        "or use functional='autocast'"
-        if plan.functional == "compute"
-        else "cast one of them, or give this module a policy of its own"
-    )
-    error.add_note(
-        f"halfstep: two dtypes met in {plan.path or 'the model'!r}, which computes in "
-        f"{plan.policy.compute_dtype}: {advice}."
-    )
 
 
 def _register(module: nn.Module) -> None:
