@@ -152,7 +152,7 @@ def _check_loss(model: nn.Module, plan: LayerPlan, result: Any) -> None:
 def _run_compiling(
     forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any
 ) -> Any:
-    quietly = torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer
+    quietly = getattr(torch._dynamo.utils, _QUIETLY, _directly)
     quietly(_push, self)
     try:
         if plan.region is None:
@@ -164,6 +164,13 @@ def _run_compiling(
 
 
 # Dynamo refuses side effects inside of a checkpointed function; these two undo each other.
+_QUIETLY = "_disable_side_effect_safety_checks_for_current_subtracer"
+
+
+def _directly(function: Callable[..., None], *args: Any) -> None:
+    function(*args)
+
+
 def _push(module: nn.Module) -> None:
     calls.stack.append(module)
 
