@@ -17,19 +17,10 @@ from typing import Any
 from .. import __version__
 from ..core.compatibility import Compatibility, judge
 from ..core.device import Device
-from ..core.hardware import devices
+from ..core.hardware import HALF_INSTALLED, devices
 from ..core.policy import MIXED
 
-_BROKEN = (
-    ImportError,
-    OSError,
-    RuntimeError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    SystemError,
-)
+_BROKEN = (*HALF_INSTALLED, SystemError)
 """What importing or asking a framework raises when its parts do not fit together."""
 
 _QUIET = {

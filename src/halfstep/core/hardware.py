@@ -21,7 +21,7 @@ from .accelerators import from_jax, from_nvml, from_tensorflow, from_torch
 from .cpu import cpu_device, from_cpuinfo, from_sysctl
 from .device import Device, gathered
 
-_UNREADABLE = (
+HALF_INSTALLED = (
     ImportError,
     OSError,
     RuntimeError,
@@ -29,10 +29,11 @@ _UNREADABLE = (
     LookupError,
     TypeError,
     ValueError,
-    AssertionError,
-    Warning,  # where warnings are errors: a driver that is too old is told by one
 )
 """What a driver or framework that is half installed raises when it is asked."""
+
+# where warnings are errors, a driver that is too old is told by one
+_UNREADABLE = (*HALF_INSTALLED, AssertionError, Warning)
 
 
 def _cpuinfo() -> str:

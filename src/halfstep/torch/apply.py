@@ -198,8 +198,8 @@ def _carry_out(module: nn.Module, plan: LayerPlan, policied: type | None) -> Non
     variable = dtype_named(plan.policy.variable_dtype)
     for name, _ in plan.stored:
         _store(module, name, torch.float32 if plan.reads_where == "float32" else variable)
-    register_parameters(module, plan)
     attach(module, plan, policied)
+    register_parameters(module)
 
 
 def _store(module: nn.Module, name: str, dtype: torch.dtype) -> None:

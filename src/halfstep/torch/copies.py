@@ -80,9 +80,14 @@ class WeightGroups:
 
     __slots__ = ("_group_of", "_outside", "outdated")
 
-    def __init__(self, weights: Iterable[tuple[torch.Tensor, torch.dtype]]) -> None:
+    def __init__(
+        self,
+        weights: Iterable[tuple[torch.Tensor, torch.dtype]],
+        before: WeightGroups | None = None,
+    ) -> None:
         self._group_of: dict[Key, list[torch.Tensor]] = {}
-        self._outside: dict[Key, torch.Tensor] = {}
+        # what the groups before these found to lie outside need not be looked for again
+        self._outside: dict[Key, torch.Tensor] = {} if before is None else before._outside
         self.outdated = False
         open_groups: dict[tuple[object, ...], tuple[list[torch.Tensor], int]] = {}
         for weight, dtype in weights:
@@ -112,12 +117,6 @@ class WeightGroups:
             self._outside[key] = weight
             self.outdated = True
         return []
-
-    def renewed(self, weights: Iterable[tuple[torch.Tensor, torch.dtype]]) -> WeightGroups:
-        """Return groups made anew that remember what was found to lie outside."""
-        groups = WeightGroups(weights)
-        groups._outside = self._outside
-        return groups
 
 
 @dataclass(frozen=True)
@@ -266,12 +265,10 @@ def entry_of(module: nn.Module) -> Entry:
     if traced():
         return Entry(WeightGroups(()), devices_of(module))
     entry = _entries.get(module)
-    if entry is None:
-        entry = Entry(WeightGroups(weights_below(module)), devices_of(module))
-        _entries[module] = entry
-    elif entry.groups.outdated:
-        entry = Entry(entry.groups.renewed(weights_below(module)), devices_of(module))
-        _entries[module] = entry
+    if entry is None or entry.groups.outdated:
+        before = None if entry is None else entry.groups
+        groups = WeightGroups(weights_below(module), before)
+        entry = _entries[module] = Entry(groups, devices_of(module))
     return entry
 
 

@@ -49,9 +49,10 @@ def policied_class(base: type, reads: tuple[str, ...]) -> type:
     return made
 
 
-def register_parameters(module: nn.Module, plan: LayerPlan) -> None:
-    """Write down for loss scaling which policy the module's own parameters have."""
-    if plan.rule == LEFT_ALONE:
+def register_parameters(module: nn.Module) -> None:
+    """Write down for loss scaling which policy the module's own parameters have, if any."""
+    plan = plan_of(module)
+    if plan is None or plan.rule == LEFT_ALONE:
         return
     for parameter in module._parameters.values():
         tied = None if parameter is None else registry.policy_of_parameter(parameter)
@@ -125,13 +126,18 @@ def _rebuild(base: type, reads: tuple[str, ...]) -> nn.Module:
     return module
 
 
+def _storing(name: str) -> Callable[[nn.Module, Any], None]:
+    """The setter of a property that keeps what is assigned where the plain attribute would be."""
+
+    def set_(self: nn.Module, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return set_
+
+
 def _shown(name: str, value: object) -> property:
     """A property that shows ``value``, whatever is stored under its name."""
-
-    def set_(self: nn.Module, stored: object) -> None:
-        self.__dict__[name] = stored
-
-    return property(lambda self: value, set_)
+    return property(lambda self: value, _storing(name))
 
 
 def _flat_weights() -> property:
@@ -140,10 +146,7 @@ def _flat_weights() -> property:
     def get(self: nn.Module) -> list[Any]:
         return [read(self, weight) for weight in self.__dict__["_flat_weights"]]
 
-    def set_(self: nn.Module, weights: list[Any]) -> None:
-        self.__dict__["_flat_weights"] = weights
-
-    return property(get, set_)
+    return property(get, _storing("_flat_weights"))
 
 
 def _weight(base: type, name: str) -> property:
@@ -156,13 +159,10 @@ def _weight(base: type, name: str) -> property:
         value = parameters[name] if name in parameters else _attribute(self, name)
         return read(self, value)
 
-    def set_(self: nn.Module, value: Any) -> None:
-        self.__dict__[name] = value
-
     def delete(self: nn.Module) -> None:
         del self.__dict__[name]
 
-    return property(get, set_, delete)
+    return property(get, _storing(name), delete)
 
 
 def _parametrized_weight(computed: property) -> property:
@@ -204,17 +204,11 @@ def _forward(base: type) -> Forward:
     return forward
 
 
-def _register(module: nn.Module) -> None:
-    plan = plan_of(module)
-    if plan is not None:
-        register_parameters(module, plan)
-
-
 def _apply(base: type) -> Forward:
     def apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forget_entry(self)  # .to(), .cuda(), .half(): weights move or change
         result = base._apply(self, *args, **kwargs)  # type: ignore[attr-defined]
-        _register(self)
+        register_parameters(self)
         return result
 
     return apply
@@ -223,7 +217,7 @@ def _apply(base: type) -> Forward:
 def _setstate(base: type) -> Callable[[nn.Module, Any], None]:
     def setstate(self: nn.Module, state: Any) -> None:
         base.__setstate__(self, state)  # type: ignore[attr-defined]
-        _register(self)  # a deep copy, or one from a file: its parameters are new
+        register_parameters(self)  # a deep copy, or one from a file: its parameters are new
 
     return setstate
 
@@ -232,6 +226,6 @@ def _register_parameter(base: type) -> Callable[..., None]:
     @functools.wraps(base.register_parameter)  # type: ignore[attr-defined]
     def register_parameter(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         base.register_parameter(self, *args, **kwargs)  # type: ignore[attr-defined]
-        _register(self)
+        register_parameters(self)
 
     return register_parameter

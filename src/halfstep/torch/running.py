@@ -74,8 +74,11 @@ def run(forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: A
     """Call ``forward`` with autocast as the plan wants it and the module's weights in 16 bits."""
     if torch.compiler.is_compiling():
         return _run_compiling(forward, self, plan, args, kwargs)
-    if not calls.stack:
-        return _run_outermost(forward, self, plan, args, kwargs)
+    call = _call if calls.stack else _call_outermost
+    return call(forward, self, plan, args, kwargs)
+
+
+def _call(forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any) -> Any:
     saved = plan.region.enter(calls.devices) if plan.region is not None else None
     calls.stack.append(self)
     try:
@@ -88,24 +91,17 @@ def run(forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: A
         leave(saved)
 
 
-def _run_outermost(
+def _call_outermost(
     forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any
 ) -> Any:
     entry = entry_of(self)
     watch = self.training not in entry.watched and not traced()
     copies = copies_for(self, entry, watch)
     calls.copies, calls.devices = copies, entry.devices
-    saved = plan.region.enter(calls.devices) if plan.region is not None else None
-    calls.stack.append(self)
     try:
-        result = forward(self, *args, **kwargs)
-    except RuntimeError as error:
-        _explain(error, plan)
-        raise
+        result = _call(forward, self, plan, args, kwargs)
     finally:
-        calls.stack.clear()
         calls.copies = None
-        leave(saved)
     if watch and copies.watches:
         _check_written(self, copies)
         _check_loss(self, plan, result)
