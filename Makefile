@@ -34,6 +34,8 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -q -n 2 tests/keras
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -q -n 2 tests/keras
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
