@@ -6,8 +6,8 @@ the scale may be is found while training (Micikevicius et al. 2017, "Mixed Preci
 arXiv:1710.03740, section 3.2).
 
 Configuration and state are apart: a :class:`DynamicLossScale` is a frozen value, its
-:class:`LossScaleState` is a tuple of scalars (Python numbers, NumPy arrays, torch tensors or JAX
-arrays), and :meth:`LossScale.update` is a pure function from one state to the next. It uses
+:class:`LossScaleState` is a tuple of scalars (Python numbers, NumPy arrays, torch tensors, JAX
+arrays or TensorFlow's), and :meth:`LossScale.update` is a pure function from one state to the next. It uses
 arithmetic, comparison and ``where``, so torch tensors stay on their device and JAX traces it.
 """
 
@@ -27,7 +27,7 @@ from ..errors import LossScaleError, nearest
 _MOST_STEPS = 2**24  # where a float32 counter stops counting
 
 Scalar: TypeAlias = Any
-"""A number, or a 0-dim array of NumPy, torch or JAX."""
+"""A number, or a 0-dim array of NumPy, torch, JAX or TensorFlow."""
 
 
 class LossScaleState(NamedTuple):
@@ -92,13 +92,21 @@ class LossScale:
         return {"kind": self.kind, **asdict(self)}
 
 
+_WHERE = {
+    "torch": "torch",
+    "jax": "jax.numpy",
+    "jaxlib": "jax.numpy",
+    "tensorflow": "tensorflow",
+}
+"""The module with ``where``, by the package that an array's type comes from."""
+
+
 def _select(finite: Scalar, if_finite: Scalar, otherwise: Scalar) -> Scalar:
     """Choose between two scalars by a third, in the array library that ``finite`` belongs to."""
     if isinstance(finite, (bool, np.bool_)):
         return if_finite if finite else otherwise
     library = type(finite).__module__.partition(".")[0]
-    where = {"torch": "torch", "jax": "jax.numpy", "jaxlib": "jax.numpy"}.get(library, "numpy")
-    return sys.modules[where].where(finite, if_finite, otherwise)
+    return sys.modules[_WHERE.get(library, "numpy")].where(finite, if_finite, otherwise)
 
 
 def _is_number(value: object) -> bool:
