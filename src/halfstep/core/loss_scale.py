@@ -7,8 +7,9 @@ arXiv:1710.03740, section 3.2).
 
 Configuration and state are apart: a :class:`DynamicLossScale` is a frozen value, its
 :class:`LossScaleState` is a tuple of scalars (Python numbers, NumPy arrays, torch tensors, JAX
-arrays or TensorFlow's), and :meth:`LossScale.update` is a pure function from one state to the next. It uses
-arithmetic, comparison and ``where``, so torch tensors stay on their device and JAX traces it.
+arrays or TensorFlow's), and :meth:`LossScale.update` is a pure function from one state to the
+next. It uses arithmetic, comparison and ``where``, so torch tensors stay on their device and JAX
+traces it.
 """
 
 from __future__ import annotations
