@@ -10,6 +10,9 @@ from .core.device import Device as Device
 from .core.formats import FORMATS as FORMATS
 from .core.formats import Format as Format
 from .core.formats import format_of as format_of
+from .core.global_policy import global_policy as global_policy
+from .core.global_policy import policy_scope as policy_scope
+from .core.global_policy import set_global_policy as set_global_policy
 from .core.hardware import devices as devices
 from .core.loss_scale import DynamicLossScale as DynamicLossScale
 from .core.loss_scale import FixedLossScale as FixedLossScale
@@ -18,9 +21,7 @@ from .core.loss_scale import LossScaleState as LossScaleState
 from .core.loss_scale import NoLossScale as NoLossScale
 from .core.policy import Policy as Policy
 from .core.policy import PolicyMap as PolicyMap
-from .core.policy import global_policy as global_policy
-from .core.policy import policy_scope as policy_scope
-from .core.policy import set_global_policy as set_global_policy
+from .errors import AdviceError as AdviceError
 from .errors import HalfstepError as HalfstepError
 from .errors import LossScaleError as LossScaleError
 from .errors import LossScaleExhausted as LossScaleExhausted
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 # spelt out, so that a star import does not bring a door under its framework's own name
 __all__ = [
     "FORMATS",
+    "AdviceError",
     "Compatibility",
     "Device",
     "DynamicLossScale",

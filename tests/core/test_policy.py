@@ -399,3 +399,22 @@ def test_an_unknown_name_changes_nothing():
     with pytest.raises(PolicyError, match="float23"), policy_scope("float23"):
         pytest.fail("must not get here")
     assert global_policy() == Policy("mixed_float16")
+
+
+@pytest.mark.parametrize("separator", [".", "/"])
+def test_the_policy_at_one_path_is_the_one_that_all_paths_give(separator):
+    policies = PolicyMap(
+        "mixed_float16",
+        {"a": "float32", separator.join("ab"): "bfloat16", r".*norm\d": "float64", "d": "float16"},
+    )
+    paths = [separator.join(parts) for parts in ("a", "ab", "abc", "ac", "d", "e", ["e", "norm1"])]
+    found = policies.resolve(["", *paths], separator)
+    assert {path: policies.policy_at(path, separator) for path in ["", *paths]} == {
+        path: rule.policy for path, rule in found.items()
+    }
+
+
+def test_the_policy_at_one_path_refuses_expressions_that_disagree():
+    policies = PolicyMap("float32", {"a.*": "float16", ".*b": "bfloat16"})
+    with pytest.raises(PolicyError, match="disagree"):
+        policies.policy_at("ab")

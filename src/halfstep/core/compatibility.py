@@ -15,8 +15,9 @@ from typing import TypeAlias
 
 from .accelerators import TENSOR_CORES
 from .device import Device, gathered
+from .global_policy import global_policy
 from .hardware import devices
-from .policy import Policy, PolicyMap, as_policy_map, global_policy
+from .policy import Policy, PolicyMap, as_policy_map
 
 _LOGGER = logging.getLogger("halfstep")
 

@@ -7,9 +7,7 @@ that also carries the loss scale its compute dtype needs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -273,6 +271,23 @@ class PolicyMap:
                 )
         return {path: self._deepest(path, named, separator) for path in known}
 
+    def policy_at(self, path: str, separator: str = ".") -> Policy:
+        """Return the policy of one path, where the other paths of the model are not known.
+
+        It is what :meth:`resolve` gives, if no other layer's path happens to be a key that is
+        also an expression matching this one; and it cannot see that a key matches no layer.
+
+        Raises:
+            PolicyError: two expressions that match the same path and disagree.
+
+        >>> PolicyMap("mixed_float16", {"head": "float32"}).policy_at("head/out", "/")
+        Policy('float32')
+        """
+        parts = path.split(separator)
+        above = dict.fromkeys(separator.join(parts[:depth]) for depth in range(len(parts), 0, -1))
+        named = {at: self._named(at, above) for at in above}
+        return self._deepest(path, named, separator).policy
+
     def _named(self, path: str, known: Mapping[str, None]) -> list[str]:
         """The keys that name this very path: the path itself, else every expression that does."""
         if path in self._overrides:
@@ -357,53 +372,3 @@ def _some(paths: Iterable[str], most: int = 8) -> str:
     shown = [repr(path) for path in paths if path]
     more = len(shown) - most
     return ", ".join(shown[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-# One value for the process, worker threads too; a scope shadows it in its own context only.
-_process_policy: Policy | PolicyMap = Policy("float32")
-_scope_policy: ContextVar[Policy | PolicyMap | None] = ContextVar("halfstep_policy", default=None)
-
-
-def _checked(policy: Policy | PolicyMap | str) -> Policy | PolicyMap:
-    return policy if isinstance(policy, PolicyMap) else as_policy(policy)
-
-
-def global_policy() -> Policy | PolicyMap:
-    """Return the policy that holds wherever none is given: ``float32`` until you set one."""
-    return _scope_policy.get() or _process_policy
-
-
-def set_global_policy(policy: Policy | PolicyMap | str) -> None:
-    """Set the policy that holds wherever none is given, in every thread of this process.
-
-    Args:
-        policy: a policy, a policy map, or a policy's name.
-
-    Raises:
-        PolicyError: an unknown name.
-
-    >>> set_global_policy("mixed_bfloat16")
-    >>> global_policy()
-    Policy('mixed_bfloat16')
-    >>> set_global_policy("float32")
-    """
-    global _process_policy
-    _process_policy = _checked(policy)
-
-
-@contextmanager
-def policy_scope(policy: Policy | PolicyMap | str) -> Iterator[Policy | PolicyMap]:
-    """Make ``policy`` the global one inside a ``with`` block, in this thread or task only.
-
-    >>> with policy_scope("mixed_float16"):
-    ...     print(global_policy())
-    Policy('mixed_float16')
-    >>> global_policy()
-    Policy('float32')
-    """
-    checked = _checked(policy)
-    token = _scope_policy.set(checked)
-    try:
-        yield checked
-    finally:
-        _scope_policy.reset(token)

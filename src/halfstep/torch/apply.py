@@ -10,13 +10,8 @@ import torch
 from torch import nn
 
 from ..core.compatibility import compatibility_check
-from ..core.policy import (
-    DTYPES,
-    Policy,
-    PolicyMap,
-    as_policy_map,
-    global_policy,
-)
+from ..core.global_policy import global_policy
+from ..core.policy import DTYPES, Policy, PolicyMap, as_policy_map
 from ..errors import PolicyError, PolicyWarning, nearest
 from . import registry
 from .casting import dtype_named
