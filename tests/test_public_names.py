@@ -9,6 +9,7 @@ import pytest
 
 PUBLIC = {
     "halfstep": {
+        "AdviceError",
         "Compatibility",
         "Device",
         "DynamicLossScale",

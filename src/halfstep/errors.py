@@ -7,7 +7,8 @@
     ├── LossScaleError          (a RuntimeError) loss scaling in an order that would be wrong
     │   └── LossScaleExhausted  at the floor, and gradients are still not finite
     ├── RecipeError             (a ValueError) a recipe that cannot be run
-    └── RecordError             (a ValueError) a record that cannot be read
+    ├── RecordError             (a ValueError) a record that cannot be read
+    └── AdviceError             (a ValueError) an audit or a search asked for what there is not
 
     PolicyWarning               (a UserWarning) a policy that changed nothing, or is undone
 
@@ -45,6 +46,10 @@ class RecipeError(HalfstepError, ValueError):
 
 class RecordError(HalfstepError, ValueError):
     """A record that cannot be read, with the file and the line."""
+
+
+class AdviceError(HalfstepError, ValueError):
+    """An audit or a search that was asked for something that there is not."""
 
 
 class PolicyWarning(UserWarning):
