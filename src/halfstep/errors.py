@@ -11,6 +11,7 @@
     └── AdviceError             (a ValueError) an audit or a search asked for what there is not
 
     PolicyWarning               (a UserWarning) a policy that changed nothing, or is undone
+    LossScaleWarning            (a UserWarning) gradients that were, it seems, never scaled
 
 Every message says what was passed, what is allowed, and where.
 """
@@ -54,6 +55,10 @@ class AdviceError(HalfstepError, ValueError):
 
 class PolicyWarning(UserWarning):
     """A policy was applied and changed nothing, or the model works against it."""
+
+
+class LossScaleWarning(UserWarning):
+    """Gradients are divided by a loss scale that, it seems, they were never multiplied by."""
 
 
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> str:
