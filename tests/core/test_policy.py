@@ -23,7 +23,7 @@ from halfstep import (
     policy_scope,
     set_global_policy,
 )
-from halfstep.core.policy import NAMES, as_policy_map
+from halfstep.core.policy import NAMES, as_policy_map, plain_update
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +37,9 @@ def _float32_again():
     [
         ("mixed_float16", "float16", "float32", DynamicLossScale(), True),
         ("mixed_bfloat16", "bfloat16", "float32", NoLossScale(), True),
+        ("master_float16", "float16", "float16", DynamicLossScale(), True),
+        ("master_bfloat16", "bfloat16", "bfloat16", NoLossScale(), True),
+        ("kahan_bfloat16", "bfloat16", "bfloat16", NoLossScale(), True),
         ("float16", "float16", "float16", NoLossScale(), True),
         ("bfloat16", "bfloat16", "bfloat16", NoLossScale(), True),
         ("float32", "float32", "float32", NoLossScale(), False),
@@ -53,8 +56,27 @@ def test_the_names(name, compute, variable, loss_scale, low):
 
 def test_the_names_are_all():
     assert set(NAMES) == {
-        "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float32", "float64"
+        "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float32", "float64",
+        "master_float16", "master_bfloat16", "kahan_bfloat16",
     }  # fmt: skip
+
+
+def test_how_an_optimizer_writes_into_the_variables():
+    assert {name: Policy(name).update for name in NAMES if Policy(name).update != "plain"} == {
+        "master_float16": "master",
+        "master_bfloat16": "master",
+        "kahan_bfloat16": "kahan",
+    }
+
+
+def test_a_door_without_such_an_optimizer_refuses_and_says_what_computes_the_same():
+    for name in NAMES:
+        policy = Policy(name)
+        if policy.update == "plain":
+            assert plain_update(policy, "here") is policy
+            continue
+        with pytest.raises(PolicyError, match=f"here: .*{name}.*'mixed_{policy.compute_dtype}'"):
+            plain_update(policy, "here")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +89,7 @@ def test_the_names_are_all():
         (DynamicLossScale(growth_interval=7), DynamicLossScale(growth_interval=7)),
     ],
 )
-@pytest.mark.parametrize("name", ["mixed_float16", "mixed_bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["mixed_float16", "master_float16", "mixed_bfloat16", "float32"])
 def test_a_loss_scale_of_choice_survives_repr_config_and_pickle(name, given, scale):
     policy = Policy(name, loss_scale=given)
     assert policy.loss_scale == scale

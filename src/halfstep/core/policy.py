@@ -20,36 +20,43 @@ from .loss_scale import (
     as_loss_scale,
     loss_scale_from_config,
 )
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-"""What a policy may compute in and keep variables in."""
-
-MIXED = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}
-"""Names of the policies with float32 variables and what they compute in."""
-
-NAMES = (*DTYPES, *MIXED)
-"""Every policy name."""
+from .policy_names import DTYPES as DTYPES
+from .policy_names import MEMORY as MEMORY
+from .policy_names import MIXED as MIXED
+from .policy_names import NAMES as NAMES
+from .policy_names import SCALED, Update
 
 
 def _default_loss_scale(name: str) -> LossScale:
     """float16 gradients need scaling; no other format here does."""
-    return DynamicLossScale() if name == "mixed_float16" else NoLossScale()
+    return DynamicLossScale() if name in SCALED else NoLossScale()
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class Policy:
     """The dtype a layer computes in, the dtype of its variables, and the loss scale it wants.
 
-    ============== ============= ============== ==========
-    name           compute dtype variable dtype loss scale
-    ============== ============= ============== ==========
-    mixed_float16  float16       float32        dynamic
-    mixed_bfloat16 bfloat16      float32        none
-    float16        float16       float16        none
-    bfloat16       bfloat16      bfloat16       none
-    float32        float32       float32        none
-    float64        float64       float64        none
-    ============== ============= ============== ==========
+    =============== ============= ============== ========= ==========
+    name            compute dtype variable dtype update    loss scale
+    =============== ============= ============== ========= ==========
+    mixed_float16   float16       float32        plain     dynamic
+    mixed_bfloat16  bfloat16      float32        plain     none
+    master_float16  float16       float16        master    dynamic
+    master_bfloat16 bfloat16      bfloat16       master    none
+    kahan_bfloat16  bfloat16      bfloat16       kahan     none
+    float16         float16       float16        plain     none
+    bfloat16        bfloat16      bfloat16       plain     none
+    float32         float32       float32        plain     none
+    float64         float64       float64        plain     none
+    =============== ============= ============== ========= ==========
+
+    *update* is how an optimizer writes into variables. ``plain`` rounds the new value to the
+    variable's dtype: fine in 32 bits, but in bfloat16 an update below 2**-9 of a weight vanishes.
+    ``master``: the optimizer keeps a float32 value of every weight, updates that, and rounds it
+    into the variable (Micikevicius et al. 2017, arXiv:1710.03740, section 3.1). ``kahan``: it
+    keeps what rounding cut off in a second 16-bit number, and adds it to the next update
+    (Zamirai et al. 2020, arXiv:2010.06192). The policies ``master_*`` and ``kahan_*`` are about
+    memory and want an optimizer that knows them.
 
     Args:
         name: one of the names above.
@@ -89,12 +96,19 @@ class Policy:
     @property
     def compute_dtype(self) -> str:
         """The dtype the layer computes in, for instance ``'float16'``."""
+        if self.name in MEMORY:
+            return MEMORY[self.name][0]
         return MIXED.get(self.name, self.name)
 
     @property
     def variable_dtype(self) -> str:
         """The dtype of the layer's variables, for instance ``'float32'``."""
-        return "float32" if self.name in MIXED else self.name
+        return "float32" if self.name in MIXED else self.compute_dtype
+
+    @property
+    def update(self) -> Update:
+        """How an optimizer writes into the variables: ``'plain'``, ``'master'`` or ``'kahan'``."""
+        return MEMORY[self.name][1] if self.name in MEMORY else "plain"
 
     @property
     def is_low(self) -> bool:
@@ -113,7 +127,7 @@ class Policy:
         return scale
 
     def __repr__(self) -> str:
-        if isinstance(self.loss_scale, NoLossScale) and self.name == "mixed_float16":
+        if isinstance(self.loss_scale, NoLossScale) and self.name in SCALED:
             return f"Policy({self.name!r}, loss_scale=None)"
         argument = self._loss_scale_argument()
         return f"Policy({self.name!r}{'' if argument is None else f', loss_scale={argument!r}'})"
@@ -155,6 +169,24 @@ class Policy:
 
 PolicyLike: TypeAlias = "Policy | PolicyMap | str"
 """A policy, a policy map, or a policy's name."""
+
+
+def plain_update(policy: Policy, where: str) -> Policy:
+    """Return a policy that any optimizer can carry out; for doors that have none that knows more.
+
+    Raises:
+        PolicyError: ``master_*`` or ``kahan_*``.
+
+    >>> plain_update(Policy("mixed_bfloat16"), "here")
+    Policy('mixed_bfloat16')
+    """
+    if policy.update == "plain":
+        return policy
+    raise PolicyError(
+        f"{where}: the policy {policy.name!r} needs an optimizer that keeps more than its "
+        f"{policy.variable_dtype} variables, which only halfstep.torch's LossScaleOptimizer does. "
+        f"Use 'mixed_{policy.compute_dtype}' here: float32 variables that compute the same."
+    )
 
 
 def as_policy(value: Policy | str) -> Policy:

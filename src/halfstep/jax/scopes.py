@@ -49,7 +49,7 @@ def check_policy(policy: Policy, where: str) -> Policy:
         PolicyError: for a policy with other variables.
     """
     if policy.variable_dtype != "float32":
-        mixed = f" Did you mean 'mixed_{policy.name}'?" if policy.is_low else ""
+        mixed = f" Did you mean 'mixed_{policy.compute_dtype}'?" if policy.is_low else ""
         raise PolicyError(
             f"{where}: the policy {policy.name!r} wants {policy.variable_dtype} variables, which "
             "are yours, not the function's. Allowed are float32, mixed_float16 and "
