@@ -7,6 +7,12 @@ from .copies import weights_unchanged as weights_unchanged
 from .loss_scaling import GradScaler as GradScaler
 from .loss_scaling import LossScaleOptimizer as LossScaleOptimizer
 from .loss_scaling import ScaleEvent as ScaleEvent
+from .rewrite import GraphExplanation as GraphExplanation
+from .rewrite import autocast as autocast
+from .rewrite import (
+    enable_mixed_precision_graph_rewrite as enable_mixed_precision_graph_rewrite,
+)
+from .rewrite import explain as explain
 from .summary import PolicySummary as PolicySummary
 from .summary import SummaryRow as SummaryRow
 from .summary import policy_summary as policy_summary

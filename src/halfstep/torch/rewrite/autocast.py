@@ -1,0 +1,306 @@
+"""Mixed precision for a model as it is: its compiled graphs are rewritten, not its code."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ...core.loss_scale import LossScale
+from ...core.paint import ON_NO_LIST, Kind, OperationLists
+from ...core.policy import Policy, PolicyMap, as_policy_map
+from ...errors import PolicyError, PolicyWarning, nearest
+from ..loss_scaling import LossScaleOptimizer
+from .operations import OPERATIONS
+from .painting import Painter
+from .paths import Paths
+
+Model = TypeVar("Model", bound=Callable[..., Any])
+
+LEVELS = ("full", "matrix_products")
+BACKENDS = ("inductor", "aot_eager")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one :func:`autocast` was asked for.
+
+    Attributes:
+        model: the module or function.
+        policies: the policy of every module.
+        dtype: the 16-bit dtype.
+        lists: the kind of every operation.
+        backend: the name of what compiles the painted graphs.
+    """
+
+    model: Callable[..., Any]
+    policies: PolicyMap
+    dtype: str
+    lists: OperationLists
+    backend: str
+
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return f"autocast({getattr(self.model, '__name__', type(self.model).__name__)})"
+
+    def painter(self, keep: bool = False) -> Painter:
+        """Return what paints the model's graphs.
+
+        Raises:
+            PolicyError: a key of the policies that matches no module.
+        """
+        module = self.model if isinstance(self.model, nn.Module) else None
+        names = [""] if module is None else [name for name, _ in module.named_modules()]
+        return Painter(self.dtype, self.lists, self.policies.resolve(names), Paths(module), keep)
+
+
+_settings_of: WeakKeyDictionary[Any, Settings] = WeakKeyDictionary()
+
+
+def autocast(
+    model: Model,
+    policy: Policy | PolicyMap | str = "mixed_bfloat16",
+    *,
+    allow: Iterable[str] = (),
+    deny: Iterable[str] = (),
+    level: str = "full",
+    backend: str = "inductor",
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+) -> Model:
+    """Return ``torch.compile(model)`` with its matrix products, and what lies between, in 16 bits.
+
+    The model is traced as it is, in float32, forward and backward pass together; every operation
+    of the graph gets a dtype (see :mod:`halfstep.core.paint`); and the graph is compiled with
+    casts where dtypes meet. Nothing is edited: parameters, gradients, inputs and outputs stay
+    float32. What ``torch.autocast`` cannot take is fine here: ``autograd.Function`` without
+    ``custom_fwd``, ``masked_fill`` with float32's lowest number, checkpoints, in-place code.
+
+    Each shape and each ``train()`` or ``eval()`` is a graph of its own, as with
+    ``torch.compile``. The first call raises where nothing at all would run in 16 bits, and warns
+    of modules that Dynamo did not capture: they run in float32.
+
+    Args:
+        model: a module or a function.
+        policy: ``"mixed_bfloat16"``, ``"mixed_float16"`` (with a
+            :class:`~halfstep.torch.LossScaleOptimizer` then), or a :class:`~halfstep.PolicyMap`
+            over the paths of the model's modules: ``PolicyMap("mixed_bfloat16", {"head":
+            "float32"})``.
+        allow: ATen operations to run in 16 bits beside those of the list, for instance ``"pow"``.
+        deny: ATen operations to keep in float32; what computes with their results stays there.
+        level: ``"full"``, or ``"matrix_products"`` for these alone, with nothing between them.
+        backend: ``"inductor"``, or ``"aot_eager"``, which runs the same graph without compiling.
+        fullgraph: raise at a graph break, as for ``torch.compile``.
+        dynamic: whether sizes are dynamic, as for ``torch.compile``.
+
+    Returns:
+        What ``torch.compile`` returns; a module's parameters are the model's own.
+
+    Raises:
+        PolicyError: an unknown policy, operation, level, backend or path, and, in the first call,
+            when nothing would run in 16 bits.
+
+    >>> import torch
+    >>> from halfstep.torch import autocast
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
+    >>> compiled = autocast(model, backend="aot_eager")
+    >>> out = compiled(torch.ones(3, 4))
+    >>> out.sum().backward()
+    >>> out.dtype, model[0].weight.grad.dtype
+    (torch.float32, torch.float32)
+    """
+    settings = make_settings(model, policy, allow, deny, level, backend)
+    painter = settings.painter()
+    from .backend import COMPILERS  # Dynamo takes two seconds to import
+
+    compiled: Any = torch.compile(
+        model, backend=COMPILERS[backend](painter), fullgraph=fullgraph, dynamic=dynamic
+    )
+    checked: Any = _checked(compiled, settings, painter)
+    _settings_of[checked] = settings
+    return checked  # type: ignore[no-any-return]
+
+
+def settings_of(model: Callable[..., Any]) -> Settings | None:
+    """Return what :func:`autocast` was asked for, None for anything else."""
+    try:
+        return _settings_of.get(model)
+    except TypeError:  # what cannot be referred to weakly did not come from there
+        return None
+
+
+def enable_mixed_precision_graph_rewrite(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    loss_scale: LossScale | float | str | None = "dynamic",
+    *,
+    backend: str = "inductor",
+) -> tuple[Model, LossScaleOptimizer]:
+    """Rewrite a model to float16 and give its optimizer a loss scale: two changes in one line.
+
+    The name is that of TensorFlow's one-liner, which did this to a graph of TensorFlow.
+
+    Args:
+        model: a module or a function.
+        optimizer: over its parameters.
+        loss_scale: as for :class:`~halfstep.torch.LossScaleOptimizer`.
+        backend: as for :func:`autocast`.
+
+    Returns:
+        The rewritten model and the wrapped optimizer.
+
+    Raises:
+        PolicyError: as for :func:`autocast`.
+        LossScaleError: as for :class:`~halfstep.torch.LossScaleOptimizer`.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(4, 2)
+    >>> model, optimizer = enable_mixed_precision_graph_rewrite(
+    ...     model, torch.optim.SGD(model.parameters(), lr=0.1), backend="aot_eager"
+    ... )
+    >>> optimizer.backward(model(torch.ones(3, 4)).mean())
+    >>> optimizer.step()
+    >>> optimizer.last_step_skipped
+    False
+    """
+    wrapped = LossScaleOptimizer(optimizer, loss_scale)
+    return autocast(model, "mixed_float16", backend=backend), wrapped
+
+
+def make_settings(
+    model: Callable[..., Any],
+    policy: Policy | PolicyMap | str,
+    allow: Iterable[str],
+    deny: Iterable[str],
+    level: str,
+    backend: str,
+) -> Settings:
+    """Check what :func:`autocast` was given.
+
+    Raises:
+        PolicyError: something of it does not fit.
+    """
+    if not callable(model):
+        raise PolicyError(f"autocast({model!r}): the first argument must be a module or function.")
+    _one_of("level", level, LEVELS)
+    _one_of("backend", backend, BACKENDS)
+    policies = as_policy_map(policy)
+    allowed, denied = _names("allow", allow), _names("deny", deny)
+    both = set(allowed) & set(denied)
+    if both:
+        raise PolicyError(f"autocast: {sorted(both)} in both allow= and deny=.")
+    base = OPERATIONS.matrix_products_only() if level == "matrix_products" else OPERATIONS
+    lists = base.changed(allowed, denied)
+    return Settings(model, policies, _low_dtype(policies), lists, backend)
+
+
+def _low_dtype(policies: PolicyMap) -> str:
+    named = (policies.default, *policies.overrides.values())
+    for policy in named:
+        if policy.variable_dtype != "float32":
+            raise PolicyError(
+                f"autocast(policy={policy}): its variables are {policy.variable_dtype}; a rewrite "
+                "leaves them in float32. Allowed are mixed_float16, mixed_bfloat16 and float32."
+            )
+    low = sorted({policy.compute_dtype for policy in named if policy.is_low})
+    if len(low) > 1:
+        raise PolicyError(
+            f"autocast: policies that compute in {' and '.join(low)} meet in one model; one "
+            "16-bit format at a time."
+        )
+    if not low:
+        raise PolicyError(
+            f"autocast(policy={policies}): it is float32 everywhere, there is nothing to rewrite."
+        )
+    return low[0]
+
+
+def _one_of(argument: str, given: str, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        raise PolicyError(
+            f"autocast({argument}={given!r}): it must be one of {', '.join(allowed)}."
+            + nearest(str(given), allowed)
+        )
+
+
+def _names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise PolicyError(f"autocast({argument}={names!r}): give a list of names, [{names!r}].")
+    found = tuple(name.removeprefix("aten.") for name in names)
+    unlisted = [name for name in found if hasattr(torch.ops.aten, name)]
+    OPERATIONS.check_known(f"autocast({argument}", found, unlisted)
+    for name in found if argument == "allow" else ():
+        kind, because = OPERATIONS.kind(name)
+        if kind is Kind.OPAQUE and because != ON_NO_LIST:
+            raise PolicyError(f"autocast(allow=...{name!r}...): it must stay: {because}.")
+    return found
+
+
+def _checked(compiled: Any, settings: Settings, painter: Painter) -> Any:
+    """Look at what came of the first call, once it is over."""
+    if isinstance(compiled, nn.Module):
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            handle.remove()
+            check(settings, painter)
+
+        handle = compiled.register_forward_hook(after)
+        return compiled
+
+    pending = [True]
+
+    @functools.wraps(settings.model)
+    def first_checked(*args: Any, **kwargs: Any) -> Any:
+        result = compiled(*args, **kwargs)
+        if pending:
+            pending.clear()
+            check(settings, painter)
+        return result
+
+    return first_checked
+
+
+def check(settings: Settings, painter: Painter, warn: bool = True) -> None:
+    """Say loudly what is not in 16 bits though it was asked for.
+
+    Raises:
+        PolicyError: nothing is.
+    """
+    missed = uncaptured(settings, painter)
+    if not painter.low_operations:
+        why = (
+            "Dynamo captured no graph"
+            if not painter.graphs
+            else f"no matrix product on float32 tensors in {painter.graphs} graph(s)"
+        )
+        raise PolicyError(
+            f"{settings.where}: nothing runs in {painter.dtype}: {why}."
+            + (f" Not captured: {', '.join(missed)}." if missed else "")
+        )
+    if missed and warn:
+        warnings.warn(
+            f"{settings.where}: Dynamo did not capture {', '.join(missed)}; "
+            "what it leaves out runs in float32. halfstep.torch.apply_policy needs no capture.",
+            PolicyWarning,
+            stacklevel=2,
+        )
+
+
+def uncaptured(settings: Settings, painter: Painter) -> list[str]:
+    """Return the modules whose parameters were in no graph, as ``path (Class)``."""
+    if not isinstance(settings.model, nn.Module):
+        return []
+    missed = []
+    for path, module in settings.model.named_modules():
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        full = {f"{path}.{name}".strip(".") for name in own}
+        if full and not full & painter.paths.captured:
+            missed.append(f"{path or 'the model itself'} ({type(module).__name__})")
+    return missed

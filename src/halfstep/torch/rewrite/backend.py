@@ -1,0 +1,112 @@
+"""Compiler backends for Dynamo that paint what they are given and hand it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .painting import Painter
+from .paths import Paths
+
+Compiled: TypeAlias = Callable[..., Any]
+Backend: TypeAlias = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
+
+
+def inductor(painter: Painter) -> Backend:
+    """Paint the joint graph in front of Inductor's own passes over it."""
+
+    def compile_(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {"joint_custom_pre_pass": _Pass(painter)}
+        compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+        return compiled  # type: ignore[no-any-return]
+
+    return _watched(compile_, painter.paths)
+
+
+class _Pass(CustomGraphPass):
+    """Paints Inductor's joint graphs, and its graphs without a backward pass."""
+
+    def __init__(self, painter: Painter) -> None:
+        self._painter = painter
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self._painter.paint(graph)
+
+    def uuid(self) -> Any | None:
+        # A graph out of Inductor's cache would not pass through here, and nobody could say what
+        # was painted in it
+        return None
+
+
+def aot_eager(painter: Painter) -> Backend:
+    """Paint the joint graph and run it operation by operation."""
+    return _eagerly(painter, None)
+
+
+def explaining(painter: Painter, name: str) -> Backend:
+    """Paint the graphs that a backend would be given, and run them operation by operation."""
+    if name != "inductor":
+        return _eagerly(painter, None)
+    from torch._inductor.decomposition import select_decomp_table
+
+    return _eagerly(painter, select_decomp_table())
+
+
+def _eagerly(painter: Painter, decompositions: Any) -> Backend:
+    def partition(
+        joint: fx.GraphModule, inputs: Sequence[Any], **keywords: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        painter.paint(joint.graph)
+        joint.recompile()
+        return min_cut_rematerialization_partition(joint, inputs, **keywords)
+
+    def run(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        return _boxed(graph.forward)
+
+    def infer(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        painter.paint(graph.graph)
+        graph.recompile()
+        return _boxed(graph.forward)
+
+    backend: Backend = aot_autograd(
+        fw_compiler=run,
+        bw_compiler=run,
+        inference_compiler=infer,
+        partition_fn=partition,
+        decompositions=decompositions,
+    )
+    return _watched(backend, painter.paths)
+
+
+def _watched(backend: Backend, paths: Paths) -> Backend:
+    """Let the paths learn from every graph that Dynamo gives to a backend."""
+
+    def compile_(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        paths.look_at(graph)
+        return backend(graph, inputs)
+
+    return compile_
+
+
+def _boxed(forward: Compiled) -> Compiled:
+    def call(args: list[Any]) -> Any:
+        given = list(args)
+        args.clear()  # so that nothing is held longer than the graph needs it
+        return forward(*given)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+COMPILERS: dict[str, Callable[[Painter], Backend]] = {
+    "inductor": inductor,
+    "aot_eager": aot_eager,
+}
+"""What compiles a painted graph, by the name that ``torch.compile`` has for it."""

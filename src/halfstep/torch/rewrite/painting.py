@@ -1,0 +1,87 @@
+"""How a rewrite paints: its lists, its policies, and what came of each graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from ...core.formats import format_of
+from ...core.paint import OperationLists, Painting, paint
+from ...core.policy import Resolved
+from .apply import Rewritten, rewrite
+from .build import Program, build
+from .paths import Paths
+
+
+@dataclass(frozen=True)
+class Painted:
+    """One graph that was painted.
+
+    Attributes:
+        program: its operations.
+        painting: what the painter said.
+        rewritten: what was put in.
+        paths: the path of each operation's module, None where it has none.
+    """
+
+    program: Program
+    painting: Painting
+    rewritten: Rewritten
+    paths: Mapping[fx.Node, str | None]
+
+    @property
+    def low_operations(self) -> int:
+        """How many operations run in 16 bits."""
+        return sum(self.painting.low[number] for number in self.program.nodes.values())
+
+
+@dataclass
+class Painter:
+    """Paints every graph that it is given, in place, and keeps what came of it.
+
+    Attributes:
+        dtype: the 16-bit dtype.
+        lists: the kind of every operation.
+        policies: the policy of every module, by its path.
+        paths: finds the modules again in the graphs.
+        keep: whether to keep the graphs, for an explanation; else only what is counted.
+        painted: the graphs so far, if they are kept.
+        graphs: how many there were.
+        low_operations: how many operations run in 16 bits in all of them.
+    """
+
+    dtype: str
+    lists: OperationLists
+    policies: Mapping[str, Resolved]
+    paths: Paths
+    keep: bool = False
+    painted: list[Painted] = field(default_factory=list)
+    graphs: int = 0
+    low_operations: int = 0
+
+    def paint(self, graph: fx.Graph) -> None:
+        """Rewrite a graph, the operations of forward and backward together or of one."""
+        paths = {node: self.paths.of(node) for node in graph.nodes if node.op == "call_function"}
+        program = build(graph, self.lists, lambda node: self._kept(paths.get(node)))
+        painting = paint(program.graph, format_of(self.dtype))
+        rewritten = rewrite(program, painting, getattr(torch, self.dtype))
+        painted = Painted(program, painting, rewritten, paths)
+        self.graphs += 1
+        self.low_operations += painted.low_operations
+        if self.keep:
+            self.painted.append(painted)
+
+    def _kept(self, path: str | None) -> str | None:
+        """Why an operation stays in float32 on request: the policy of its module."""
+        while path is not None:
+            rule = self.policies.get(path)
+            if rule is not None:
+                return None if rule.policy.is_low else f"policy {rule.policy.name}, {rule.why}"
+            path = path.rpartition(".")[0] if path else None
+        default = self.policies.get("")
+        if default is None or default.policy.is_low:
+            return None
+        return f"policy {default.policy.name}, {default.why}"
