@@ -110,7 +110,7 @@ def test_on_cuda_it_is_the_allocators_peak_above_what_was_there(recipe, monkeypa
         max_memory_allocated=lambda device: 350,
     )
     monkeypatch.setattr(torch, "cuda", fake)
-    monkeypatch.setattr(memory, "_train", lambda *args: calls.append("train"))
+    monkeypatch.setattr(memory, "train", lambda *args: calls.append("train"))
     [each] = memory.measure(recipe(), {"a": Policy("float32")}, "cuda:0")
     assert each == {"policy": "a", "bytes": 250, "method": "peak of the CUDA allocator"}
     assert calls == ["empty", "reset", "train"]
@@ -126,6 +126,6 @@ def test_on_cuda_a_policy_that_fails_says_why(recipe, monkeypatch):
         empty_cache=list, reset_peak_memory_stats=str, memory_allocated=len
     )
     monkeypatch.setattr(torch, "cuda", nothing)
-    monkeypatch.setattr(memory, "_train", fail)
+    monkeypatch.setattr(memory, "train", fail)
     [each] = memory.measure(recipe(), {"a": Policy("float32")}, "cuda")
     assert "out of memory" in each["error"]

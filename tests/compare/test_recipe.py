@@ -14,7 +14,7 @@ FUNCTIONS = ("make_model", "make_optimizer", "batches", "loss", "evaluate")
 def test_every_built_in_recipe_loads_by_its_name(name):
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.framework == "torch"
+    assert recipe.framework == ("jax" if name.endswith("-jax") else "torch")
     assert recipe.constant("METRIC") is not None
     assert not recipe.title.endswith(".")
 
@@ -66,8 +66,13 @@ def test_a_constant_of_the_wrong_kind_is_refused(recipe, line):
 
 
 def test_another_framework_is_said_to_be_missing(recipe):
-    with pytest.raises(RecipeError, match=r"FRAMEWORK = 'jax'.*Allowed is 'torch'"):
-        compare(recipe("FRAMEWORK = 'jax'"))
+    with pytest.raises(RecipeError, match=r"FRAMEWORK = 'jaxx'.*Allowed are 'torch', 'jax'.*Did"):
+        recipe("FRAMEWORK = 'jaxx'")
+
+
+def test_the_functions_are_those_of_the_framework(recipe):
+    with pytest.raises(RecipeError, match=r"no function init\(key\), which must return the param"):
+        recipe("FRAMEWORK = 'jax'")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +128,11 @@ def test_the_template_runs_as_it_is_and_learns(tmp_path):
     assert "binomial" in recipe["same_rule"]
 
 
+def test_a_template_of_another_framework_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="'jaxx'.*Did you mean 'jax'"):
+        write_template(tmp_path / "mine.py", "jaxx")
+
+
 def test_the_template_is_not_written_over_a_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("precious")
@@ -141,5 +151,8 @@ def test_the_template_comments_every_function(tmp_path):
 
 
 def test_listing_recipes_imports_no_framework():
-    code = "import sys, halfstep.cli.compare, halfstep.recipes; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, halfstep.cli.compare, halfstep.compare.frameworks, halfstep.recipes; "
+        "sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

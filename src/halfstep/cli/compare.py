@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..recipes import BUILT_IN
+from ..recipes import BUILT_IN, TEMPLATES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +50,7 @@ the others are compared with.
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="CPU threads; small models are steadier with 1. [default: torch's]",
+    help="CPU threads; small models are steadier with 1. [default: the framework's]",
 )
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the summary.")
 @click.option("--html", "html_file", type=click.Path(dir_okay=False), help="Write the page.")
@@ -62,6 +62,11 @@ the others are compared with.
 )
 @click.option("--memory/--no-memory", default=True, help="Whether to measure peak memory.")
 @click.option("--new", type=click.Path(dir_okay=False), help="Write a commented recipe and stop.")
+@click.option(
+    "--framework",
+    type=click.Choice(list(TEMPLATES)),
+    help="Whose recipe --new writes. [default: torch]",
+)
 def compare(
     recipes: tuple[str, ...],
     policies: str | None,
@@ -75,6 +80,7 @@ def compare(
     record: str | None,
     memory: bool,
     new: str | None,
+    framework: str | None,
 ) -> None:
     """Read the options, run, write, and exit with a code that says how it went."""
     if steps is not None and epochs is not None:
@@ -83,9 +89,11 @@ def compare(
         raise click.UsageError(
             f"Give a RECIPE ({', '.join(BUILT_IN)}, or a Python file), or --new FILE to write one."
         )
+    if framework is not None and new is None:
+        raise click.UsageError("--framework is for --new; a recipe says which framework it is of.")
     try:
         if new is not None:
-            _write_new(new)
+            _write_new(new, framework or "torch")
             return
         from ..compare import Settings
 
@@ -97,10 +105,10 @@ def compare(
     sys.exit(code)
 
 
-def _write_new(path: str) -> None:
+def _write_new(path: str, framework: str) -> None:
     from ..compare import write_template
 
-    written = write_template(path)
+    written = write_template(path, framework)
     click.echo(f"Wrote {written}. It runs as it is: halfstep compare {shlex.quote(str(written))}")
 
 

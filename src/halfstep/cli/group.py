@@ -29,6 +29,10 @@ COMMANDS = {
         "halfstep.cli.compare:compare",
         "Train the same model under several policies, side by side.",
     ),
+    "explain": Entry(
+        "halfstep.cli.explain:explain",
+        "Say what a policy does to a model, operation by operation, and why.",
+    ),
 }
 """Every command by name."""
 

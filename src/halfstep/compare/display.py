@@ -23,7 +23,7 @@ from .summary import RecipeResult, Summary
 REDRAW_SECONDS = 0.5
 """Drawing takes time that would be the training's; it is never inside a timed step."""
 
-MEMORY_PHASE = "measuring memory, one process per policy"
+MEMORY_PHASE = "measuring memory of each policy"
 
 LINE_SECONDS = 10.0
 """Where there is no terminal, a line is printed this often."""

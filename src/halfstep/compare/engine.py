@@ -51,7 +51,13 @@ class StepResult:
 
 
 class Trainee(Protocol):
-    """One model that is trained under one policy."""
+    """One model that is trained under one policy.
+
+    Attributes:
+        notes: what there is to say about this policy on this model, one string each.
+    """
+
+    notes: list[str]
 
     def step(self, batch: Any, seed: int) -> StepResult:
         """Train on one batch, with every random number drawn from ``seed``."""

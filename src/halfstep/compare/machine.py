@@ -71,7 +71,7 @@ def describe_machine(
             "halfstep": __version__,
             "python": platform.python_version(),
             "numpy": np.__version__,
-            **{name: framework[name] for name in ("torch", "cuda") if framework.get(name)},
+            **{name: each for name, each in framework.get("versions", {}).items() if each},
         },
         "threads": framework.get("threads"),
     }

@@ -1,19 +1,24 @@
 """How much memory a few training steps need, under each policy on its own.
 
-*CUDA*: the allocator's peak (``torch.cuda.max_memory_allocated``) over a few steps of one model,
-above what was allocated before the model was made.
+What it is depends on the framework and the device, and every measurement says what it is:
 
-*CPU*: an allocator's peak is not to be had, the resident set is. This file is a program for that
-(``python -m halfstep.compare.memory``): it imports the recipe once and runs ``setup``, then forks a
-child process for every measurement, so that nothing one policy leaves behind counts for the next.
-A child notes its resident set before the model is made, resets the peak
+*torch on CUDA*: the allocator's peak (``torch.cuda.max_memory_allocated``) over a few steps of one
+model, above what was allocated before the model was made.
+
+*torch on the CPU*: an allocator's peak is not to be had, the resident set is. This file is a
+program for that (``python -m halfstep.compare.memory``): it imports the recipe once and runs
+``setup``, then forks a child process for every measurement, so that nothing one policy leaves
+behind counts for the next. A child notes its resident set before the model is made, resets the peak
 (``/proc/self/clear_refs``), trains a few steps and reports the peak above that. Code that the
 system reads in from libraries on first use is no memory of the training: the growth of the
 file-backed part (``RssFile``) is left out. Where there is no fork or no ``/proc``, every
-measurement is a process of its own, and the peak is ``resource.ru_maxrss``.
+measurement is a process of its own, and the peak is ``resource.ru_maxrss``. A resident set is a
+rough measure. Each policy is measured several times, and the spread says how small a difference
+can be told from noise.
 
-A resident set is a rough measure. Each policy is measured several times, and the spread says how
-small a difference can be told from noise.
+*JAX*: XLA plans every buffer of the compiled training step in advance; the plan is exact and the
+same each time (``measure_memory`` in ``jax_trainee``). A process's resident set would mostly be the
+compiler's.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from typing import Any
 from ..core.policy import Policy, PolicyMap
 from ..errors import HalfstepError
 from .engine import Plan
+from .frameworks import Policies, framework_of
 from .policies import policy_from_config
 from .recipe import Recipe, load_recipe
 
@@ -44,8 +50,6 @@ REPEATS = 3
 TIMEOUT = 300
 """Seconds after which measuring on a CPU is given up."""
 
-Policies = Mapping[str, Policy | PolicyMap]
-
 
 def measure(
     recipe: Recipe, policies: Policies, device: str, seed: int = 0, steps: int = STEPS
@@ -56,43 +60,25 @@ def measure(
         ``{"policy": label, "bytes": int, "method": str}``, or with ``"error"`` instead of
         ``"bytes"`` where a policy could not be measured.
     """
-    run = _measure_on_cuda if device.startswith("cuda") else _measure_in_children
-    yield from run(recipe, policies, device, seed, steps)
+    start = framework_of(recipe).trainer().starter(recipe, device, seed)
+    yield from start.measure_memory(policies, steps)
 
 
-def _measure_on_cuda(
-    recipe: Recipe, policies: Policies, device: str, seed: int, steps: int
-) -> Iterator[dict[str, Any]]:
-    import torch
-
-    method = "peak of the CUDA allocator"
-    for label, policy in policies.items():
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        try:
-            _train(recipe, policy, device, seed, steps)
-        except Exception as error:  # noqa: BLE001 - the run itself will say more about it
-            yield {"policy": label, "error": f"{type(error).__name__}: {error}", "method": method}
-            continue
-        peak = torch.cuda.max_memory_allocated(device) - before
-        yield {"policy": label, "bytes": int(peak), "method": method}
-
-
-def _train(recipe: Recipe, policy: Policy | PolicyMap, device: str, seed: int, steps: int) -> None:
-    from .torch_trainee import TorchTrainee, initial_weights
-
-    trainee = TorchTrainee(recipe, policy, initial_weights(recipe, seed), device, seed)
+def train(recipe: Recipe, policy: Policy | PolicyMap, device: str, seed: int, steps: int) -> None:
+    """Train a new model for a few steps."""
+    trainee = framework_of(recipe).trainer().starter(recipe, device, seed)(policy)
     plan = Plan(steps=steps, seed=seed)
     for step, (_, batch) in enumerate(islice(plan.batches(recipe), steps)):
         trainee.step(batch, plan.step_seed(step))
 
 
-def _measure_in_children(
+def measure_in_children(
     recipe: Recipe, policies: Policies, device: str, seed: int, steps: int
 ) -> Iterator[dict[str, Any]]:
-    """Start the program below, once where it can fork, else once for each measurement."""
+    """Start the program below, once where it can fork, else once for each measurement.
+
+    It forks after the recipe was imported, so it is for torch alone.
+    """
     import torch
 
     rounds = [list(policies)] if _can_fork() else [[label] for label in policies] * REPEATS
@@ -157,11 +143,11 @@ def main() -> None:
     for _ in range(job["repeats"]):
         for label, policy in policies.items():
 
-            def train(policy: Policy | PolicyMap = policy) -> None:
+            def few_steps(policy: Policy | PolicyMap = policy) -> None:
                 torch.set_num_threads(job["threads"])
-                _train(recipe, policy, job["device"], job["seed"], job["steps"])
+                train(recipe, policy, job["device"], job["seed"], job["steps"])
 
-            results.write(json.dumps({"policy": label, **measure_here(train)}) + "\n")
+            results.write(json.dumps({"policy": label, **measure_here(few_steps)}) + "\n")
             results.flush()
 
 

@@ -44,16 +44,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, nearest
-from ..recipes import BUILT_IN, TEMPLATE
+from ..recipes import BUILT_IN, TEMPLATES
+from .frameworks import Function, framework_of
 
-_FUNCTIONS = {
-    "make_model": ((), "a new model, the same kind each time"),
-    "make_optimizer": (("model",), "an optimizer over the model's parameters"),
-    "batches": (("epoch", "seed"), "an iterable of the training batches of one epoch"),
-    "loss": (("model", "batch"), "the training loss, a scalar tensor"),
-    "evaluate": (("model",), "a dict of metrics, numbers by name"),
-}
-_OPTIONAL = {"setup": (("seed", "device"), "None, or a note to show with the result")}
+_OPTIONAL = {"setup": Function(("seed", "device"), "None, or a note to show with the result")}
 
 _CONSTANTS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "TITLE": (str, "a string"),
@@ -192,23 +186,25 @@ def _built_in() -> set[Path]:
 
 
 def _check(recipe: Recipe) -> None:
-    for name, (arguments, returns) in {**_FUNCTIONS, **_OPTIONAL}.items():
-        function = getattr(recipe.module, name, None)
-        wanted = f"{name}({', '.join(arguments)})"
-        if function is None and name in _OPTIONAL:
-            continue
-        if not callable(function):
-            raise RecipeError(
-                f"{recipe.file}: this recipe has no function {wanted}, which must return "
-                f"{returns}.{_misspelt(name, recipe.module)}"
-            )
-        if not _takes(function, len(arguments)):
-            raise RecipeError(
-                f"{recipe.file}: {name}{inspect.signature(function)} must be callable as "
-                f"{wanted}, and return {returns}."
-            )
     for name in _CONSTANTS:
         recipe.constant(name)
+    framework = framework_of(recipe)
+    optional = {**_OPTIONAL, **framework.optional}
+    for name, wanted in {**framework.functions(recipe.module), **optional}.items():
+        function = getattr(recipe.module, name, None)
+        if function is None and name in optional:
+            continue
+        form = f"{name}({', '.join(wanted.arguments)})"
+        if not callable(function):
+            raise RecipeError(
+                f"{recipe.file}: this recipe has no function {form}, which must return "
+                f"{wanted.returns}.{_misspelt(name, recipe.module)}"
+            )
+        if not any(takes(function, count) for count in wanted.counts):
+            raise RecipeError(
+                f"{recipe.file}: {name}{inspect.signature(function)} must be callable as "
+                f"{form}, and return {wanted.returns}."
+            )
 
 
 def _misspelt(name: str, module: types.ModuleType) -> str:
@@ -218,7 +214,8 @@ def _misspelt(name: str, module: types.ModuleType) -> str:
     return nearest(name, own)
 
 
-def _takes(function: Callable[..., Any], count: int) -> bool:
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many positional arguments."""
     try:
         inspect.signature(function).bind(*range(count))
     except TypeError:
@@ -228,16 +225,25 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
     return True
 
 
-def write_template(path: str | os.PathLike[str]) -> Path:
+def write_template(path: str | os.PathLike[str], framework: str = "torch") -> Path:
     """Write a commented recipe that runs as it is.
+
+    Args:
+        path: where to.
+        framework: ``"torch"`` or ``"jax"``.
 
     Raises:
         RecipeError: the file is there already (it is left alone), or cannot be written.
     """
+    if framework not in TEMPLATES:
+        raise RecipeError(
+            f"no template for {framework!r}. Allowed are {', '.join(map(repr, TEMPLATES))}."
+            + nearest(framework, TEMPLATES)
+        )
     path = Path(path)
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(TEMPLATE.read_text(encoding="utf-8"))
+            file.write(TEMPLATES[framework].read_text(encoding="utf-8"))
     except FileExistsError:
         raise RecipeError(f"{path} exists already; it was left as it is.") from None
     except OSError as error:

@@ -4,73 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 from .. import __version__
-from ..core.policy import Policy, PolicyMap
 from ..core.record import Event, Record, RecordWriter
 from ..errors import HalfstepError, RecipeError
 from . import memory
 from .engine import Plan, Race, Trainee, plan_for
+from .frameworks import Policies, Starter, Trainer, framework_of
 from .machine import computes_in, describe_machine
 from .policies import DEFAULT, parse_policies
 from .recipe import Recipe, load_recipe
 from .summary import Summary, summarise
-
-Policies = Mapping[str, Policy | PolicyMap]
-
-
-class Framework(Protocol):
-    """What trains the recipes of one framework."""
-
-    def pick_device(self, name: str | None) -> str:
-        """Return the device to train on."""
-
-    def describe(self, device: str) -> dict[str, Any]:
-        """Return versions and the device's name, as plain values."""
-
-    def threads(self, count: int | None) -> AbstractContextManager[None]:
-        """Compute on the CPU with so many threads meanwhile; None leaves them as they are."""
-
-    def starter(self, recipe: Recipe, device: str, seed: int) -> Callable[[Any], Trainee]:
-        """Return what makes a trainee of a policy; all start from the same weights."""
-
-
-class TorchFramework:
-    """torch; it is imported when it is needed."""
-
-    def pick_device(self, name: str | None) -> str:
-        """Return the device given, else CUDA where there is one, else the CPU."""
-        from .torch_trainee import pick_device
-
-        return pick_device(name)
-
-    def describe(self, device: str) -> dict[str, Any]:
-        """Return torch's version, the number of threads, the GPU's name."""
-        from .torch_trainee import describe
-
-        return describe(device)
-
-    def threads(self, count: int | None) -> AbstractContextManager[None]:
-        """Set torch's threads and put them back."""
-        from .torch_trainee import threads
-
-        return threads(count)
-
-    def starter(self, recipe: Recipe, device: str, seed: int) -> Callable[[Any], Trainee]:
-        """Return what makes a trainee of a policy."""
-        from .torch_trainee import TorchTrainee, initial_weights
-
-        weights = initial_weights(recipe, seed)
-        return lambda policy: TorchTrainee(recipe, policy, weights, device, seed)
-
-
-FRAMEWORKS: dict[str, Framework] = {"torch": TorchFramework()}
-"""What trains a recipe, by the recipe's FRAMEWORK."""
 
 
 @dataclass(frozen=True)
@@ -130,17 +79,19 @@ def compare(
     chosen = policies if isinstance(policies, Mapping) else parse_policies(policies or DEFAULT)
     several = [recipes] if isinstance(recipes, (str, Recipe)) else list(recipes)
     loaded = [each if isinstance(each, Recipe) else load_recipe(each) for each in several]
-    frameworks = [_framework_of(recipe) for recipe in loaded]
-    device = frameworks[0].pick_device(settings.device)
+    trainers = [framework_of(recipe).trainer() for recipe in loaded]
     with ExitStack() as stack:
-        stack.enter_context(frameworks[0].threads(settings.threads))
-        header = _header(chosen, settings, command, device, frameworks[0])
+        for trainer in dict.fromkeys(trainers):
+            # before the device is picked: JAX's threads are made when it first looks for one
+            stack.enter_context(trainer.threads(settings.threads))
+        devices = [trainer.pick_device(settings.device) for trainer in trainers]
+        header = _header(chosen, settings, command, devices, trainers)
         sinks: list[Callable[[Event], None]] = []
         if record is not None:
             sinks.append(stack.enter_context(RecordWriter(record, "compare", **header)).write)
-        run = _Run(chosen, settings, device, [*sinks, on_event or _ignore])
+        run = _Run(chosen, settings, [*sinks, on_event or _ignore])
         (on_event or _ignore)({"event": "header", "kind": "compare", **header})
-        run.all(loaded, frameworks)
+        run.all(zip(loaded, trainers, devices, strict=True))
     return summarise(Record({"event": "header", "kind": "compare", **header}, run.events))
 
 
@@ -148,25 +99,24 @@ def _ignore(event: Event) -> None:
     """Nobody watches."""
 
 
-def _framework_of(recipe: Recipe) -> Framework:
-    if recipe.framework not in FRAMEWORKS:
-        raise RecipeError(
-            f"{recipe.file}: FRAMEWORK = {recipe.framework!r}: nothing trains such recipes yet. "
-            f"Allowed is {', '.join(map(repr, FRAMEWORKS))}."
-        )
-    return FRAMEWORKS[recipe.framework]
-
-
 def _header(
-    policies: Policies, settings: Settings, command: str, device: str, framework: Framework
+    policies: Policies,
+    settings: Settings,
+    command: str,
+    devices: Sequence[str],
+    trainers: Sequence[Trainer],
 ) -> dict[str, Any]:
+    told = [trainer.describe(device) for trainer, device in zip(trainers, devices, strict=True)]
+    versions = {name: each for one in told for name, each in one["versions"].items()}
     return {
         "halfstep": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "argv0": os.path.basename(sys.argv[0]),
         "seed": settings.seed,
-        "machine": describe_machine(device, policies.values(), framework.describe(device)),
+        "machine": describe_machine(
+            devices[0], policies.values(), {**told[0], "versions": versions}
+        ),
         "policies": {
             label: {"config": policy.get_config(), "computes_in": computes_in(policy)}
             for label, policy in policies.items()
@@ -181,10 +131,9 @@ class _Run:
         self,
         policies: Policies,
         settings: Settings,
-        device: str,
         sinks: Iterable[Callable[[Event], None]],
     ) -> None:
-        self._policies, self._settings, self._device = policies, settings, device
+        self._policies, self._settings = policies, settings
         self._sinks = list(sinks)
         self.events: list[Event] = []
 
@@ -193,18 +142,18 @@ class _Run:
         for sink in self._sinks:
             sink(event)
 
-    def all(self, recipes: Iterable[Recipe], frameworks: Iterable[Framework]) -> None:
+    def all(self, jobs: Iterable[tuple[Recipe, Trainer, str]]) -> None:
         status, error = "finished", None
-        for recipe, framework in zip(recipes, frameworks, strict=True):
-            status, error = self._guarded(recipe, framework)
+        for recipe, trainer, device in jobs:
+            status, error = self._guarded(recipe, trainer, device)
             if status != "finished":
                 break
         self.emit({"event": "end", "status": status, "error": error})
 
-    def _guarded(self, recipe: Recipe, framework: Framework) -> tuple[str, str | None]:
+    def _guarded(self, recipe: Recipe, trainer: Trainer, device: str) -> tuple[str, str | None]:
         status, reason = "finished", None
         try:
-            self._one(recipe, framework)
+            self._one(recipe, trainer, device)
         except KeyboardInterrupt:
             status = "interrupted"
         except HalfstepError as error:
@@ -212,19 +161,19 @@ class _Run:
         self.emit({"event": "recipe_end", "recipe": recipe.name, "status": status, "error": reason})
         return status, reason
 
-    def _one(self, recipe: Recipe, framework: Framework) -> None:
-        note = _setup(recipe, self._settings.seed, self._device)
+    def _one(self, recipe: Recipe, trainer: Trainer, device: str) -> None:
+        note = _setup(recipe, self._settings.seed, device)
         plan = plan_for(recipe, self._settings.steps, self._settings.epochs, self._settings.seed)
-        self.emit(_recipe_event(recipe, plan, self._device, note))
+        self.emit(_recipe_event(recipe, plan, device, note))
+        start = trainer.starter(recipe, device, self._settings.seed)
         if self._settings.memory:
-            for found in memory.measure(recipe, self._policies, self._device, plan.seed):
+            for found in start.measure_memory(self._policies, memory.STEPS):
                 self.emit({"event": "memory", "recipe": recipe.name, **found})
-        trainees = self._start(recipe, framework)
+        trainees = self._start(recipe, start)
         Race(recipe, trainees, plan, self.emit).run()
 
-    def _start(self, recipe: Recipe, framework: Framework) -> dict[str, Trainee]:
+    def _start(self, recipe: Recipe, start: Starter) -> dict[str, Trainee]:
         """Make every policy's model; one that cannot be made leaves the others alone."""
-        start = framework.starter(recipe, self._device, self._settings.seed)
         trainees: dict[str, Trainee] = {}
         for label, policy in self._policies.items():
             at = {"recipe": recipe.name, "policy": label}
@@ -238,7 +187,7 @@ class _Run:
                     {"event": "stopped", **at, "step": 0, "status": "failed", "reason": reason}
                 )
                 continue
-            for note in getattr(trainees[label], "notes", ()):
+            for note in trainees[label].notes:
                 self.emit({"event": "note", **at, "text": note})
         if not trainees:
             raise RecipeError(f"{recipe.file}: no policy could be applied: {reason}")

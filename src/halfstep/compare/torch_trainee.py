@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..core.loss_scale import NoLossScale
-from ..core.policy import Policy, PolicyMap
-from ..errors import PolicyWarning, RecipeError
+from ..core.policy import Policy, PolicyMap, as_policy_map
+from ..errors import PolicyError, PolicyWarning, RecipeError
+from . import memory
 from .engine import StepResult
+from .frameworks import Policies
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from halfstep.torch import PolicySummary
 
 
 def pick_device(name: str | None = None) -> str:
@@ -38,13 +45,13 @@ def pick_device(name: str | None = None) -> str:
 
 def describe(device: str) -> dict[str, Any]:
     """Return what the report says about torch and the device, as plain values."""
-    info: dict[str, Any] = {"torch": torch.__version__}
+    info: dict[str, Any] = {"versions": {"torch": torch.__version__}}
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         info["device_name"] = properties.name
         info["capability"] = f"{properties.major}.{properties.minor}"
         info["device_memory"] = properties.total_memory
-        info["cuda"] = torch.version.cuda
+        info["versions"]["cuda"] = torch.version.cuda
     else:
         info["threads"] = torch.get_num_threads()
         info["device_name"] = platform.processor() or platform.machine()
@@ -228,3 +235,73 @@ def initial_weights(recipe: Recipe, seed: int) -> dict[str, Tensor]:
     return {
         name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()
     }
+
+
+class Starter:
+    """What makes the trainees of a torch recipe."""
+
+    def __init__(self, recipe: Recipe, device: str, seed: int) -> None:
+        self._recipe, self._device, self._seed = recipe, device, seed
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        return initial_weights(self._recipe, self._seed)
+
+    def __call__(self, policy: Policy | PolicyMap) -> TorchTrainee:
+        """Return a new model under a policy, with the weights that all start from."""
+        return TorchTrainee(self._recipe, policy, self._weights, self._device, self._seed)
+
+    def measure_memory(self, policies: Policies, steps: int) -> Iterator[dict[str, Any]]:
+        """Yield the allocator's peak on CUDA, else the peaks of children's resident sets."""
+        on_cuda = self._device.startswith("cuda")
+        run = _measure_on_cuda if on_cuda else memory.measure_in_children
+        yield from run(self._recipe, policies, self._device, self._seed, steps)
+
+
+def starter(recipe: Recipe, device: str, seed: int) -> Starter:
+    """Return what makes the trainees of a recipe; all start from the same weights."""
+    return Starter(recipe, device, seed)
+
+
+def _measure_on_cuda(
+    recipe: Recipe, policies: Policies, device: str, seed: int, steps: int
+) -> Iterator[dict[str, Any]]:
+    method = "peak of the CUDA allocator"
+    for label, policy in policies.items():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        try:
+            memory.train(recipe, policy, device, seed, steps)
+        except Exception as error:  # noqa: BLE001 - the run itself will say more about it
+            yield {"policy": label, "error": f"{type(error).__name__}: {error}", "method": method}
+            continue
+        peak = torch.cuda.max_memory_allocated(device) - before
+        yield {"policy": label, "bytes": int(peak), "method": method}
+
+
+def explain(recipe: Recipe, policy: Policy | PolicyMap, seed: int) -> PolicySummary:
+    """Return what every module of the recipe's model computes in, and why.
+
+    Raises:
+        PolicyError: no module computes in 16 bits.
+    """
+    from halfstep.torch import apply_policy, policy_summary
+
+    given = as_policy_map(policy)
+    low = any(each.is_low for each in (given.default, *given.overrides.values()))
+    if not low:
+        raise PolicyError(
+            f"{recipe.name}: {policy!r} puts nothing in 16 bits; there is nothing to explain. "
+            "Allowed are policies that do, for instance mixed_float16 or mixed_bfloat16."
+        )
+    model = make_model(recipe, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PolicyWarning)  # it is an error here, in better words
+        summary = policy_summary(apply_policy(model, policy))
+    if not any(row.compute_dtype in ("float16", "bfloat16") for row in summary):
+        raise PolicyError(
+            f"{recipe.name}: under {policy!r} no module of the model computes in 16 bits."
+        )
+    return summary

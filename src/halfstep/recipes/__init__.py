@@ -2,18 +2,22 @@
 
 ``digits-mlp`` is the file ``digits_mlp.py``, and so on; :mod:`halfstep.compare` loads them by their
 path, as it loads a user's. They train on real data that is already on the machine.
-``template.py`` is what ``halfstep compare --new`` copies.
+``template.py`` is what ``halfstep compare --new`` copies, ``template_jax.py`` what it copies with
+``--framework jax``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-TEMPLATE = Path(__file__).with_name("template.py")
-"""The recipe that ``--new`` writes."""
+TEMPLATES = {
+    "torch": Path(__file__).with_name("template.py"),
+    "jax": Path(__file__).with_name("template_jax.py"),
+}
+"""The recipe that ``--new`` writes, by framework."""
 
 BUILT_IN = {
     name: Path(__file__).with_name(name.replace("-", "_") + ".py")
-    for name in ("digits-mlp", "digits-conv", "pydoc-gpt", "blog-conv")
+    for name in ("digits-mlp", "digits-conv", "pydoc-gpt", "blog-conv", "digits-jax")
 }
 """The file of every built-in recipe, by its name."""
