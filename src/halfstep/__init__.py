@@ -7,6 +7,8 @@ among them, are packages of their own inside of it; each needs only its own fram
 from .core.compatibility import Compatibility as Compatibility
 from .core.compatibility import compatibility_check as compatibility_check
 from .core.device import Device as Device
+from .core.fault import Fault as Fault
+from .core.fault import TensorFacts as TensorFacts
 from .core.formats import FORMATS as FORMATS
 from .core.formats import Format as Format
 from .core.formats import format_of as format_of
@@ -39,6 +41,7 @@ __all__ = [
     "Compatibility",
     "Device",
     "DynamicLossScale",
+    "Fault",
     "FixedLossScale",
     "Format",
     "HalfstepError",
@@ -53,6 +56,7 @@ __all__ = [
     "PolicyWarning",
     "RecipeError",
     "RecordError",
+    "TensorFacts",
     "compatibility_check",
     "devices",
     "format_of",

@@ -1,0 +1,3 @@
+"""Blame: which operation of a step made the first infinity or NaN, and what helps."""
+
+from .search import blame as blame
