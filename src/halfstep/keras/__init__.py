@@ -1,0 +1,20 @@
+"""The Keras door: the mixed precision guide, on Keras 3 and all its backends.
+
+Importing it lets Keras ask halfstep for its global policy, and keep policies when it loads a model.
+"""
+
+from . import global_policy as _global_policy
+from . import loading as _loading
+from . import settling as _settling
+from .global_policy import global_policy as global_policy
+from .global_policy import policy_scope as policy_scope
+from .global_policy import set_global_policy as set_global_policy
+from .loss_scale import DynamicLossScale as DynamicLossScale
+from .loss_scale import FixedLossScale as FixedLossScale
+from .loss_scale import LossScale as LossScale
+from .policy import Policy as Policy
+from .policy import PolicyMap as PolicyMap
+
+_global_policy.follow()
+_loading.install()
+_settling.install()
