@@ -31,7 +31,7 @@ def device(monkeypatch):
         events.append(Event())
         return events[-1]
 
-    reader = history._DeviceReader(torch.zeros(2, 4), mark)
+    reader = history.DeviceReader(torch.zeros(2, 4), mark)
     monkeypatch.setattr(history, "_HostReader", lambda: reader)
     return events
 

@@ -314,6 +314,11 @@ class GradScaler(torch.amp.GradScaler):
         self._history.drain()
         return list(self._history.events)
 
+    @property
+    def loss_scale(self) -> DynamicLossScale:
+        """The rule that makes the scale: a frozen value."""
+        return self._rule
+
     # ------------------------------------------------------------------ upstream's getters
 
     def get_scale(self) -> float:

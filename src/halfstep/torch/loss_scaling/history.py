@@ -35,21 +35,24 @@ class ScaleEvent(NamedTuple):
     skipped: bool
 
 
+Row = list[float]
+
+
 class _HostReader:
     """Reads a CPU tensor where it lies: no copy, no dispatch, no `item()`."""
 
     def send(self, step: int, packed: Tensor) -> None:
-        self._arrived = (step, LossScaleState(*packed.detach().numpy().tolist()))
+        self._arrived: tuple[int, Row] = (step, packed.detach().numpy().tolist())
 
-    def arrived(self, wait: bool) -> Iterator[tuple[int, LossScaleState]]:
+    def arrived(self, wait: bool) -> Iterator[tuple[int, Row]]:
         yield self._arrived
 
 
-class _DeviceReader:
+class DeviceReader:
     """Copies the state into pinned memory behind an event and looks when the event has passed.
 
     Args:
-        slots: pinned memory of shape (n, 4), a row for each state that is on its way.
+        slots: pinned memory of shape (n, width), a row for each state that is on its way.
         mark: makes an event that passes when what was asked of the device so far is done.
     """
 
@@ -60,8 +63,8 @@ class _DeviceReader:
         self._sent: deque[tuple[int, int, Any]] = deque()
 
     @classmethod
-    def on(cls, device: torch.device) -> _DeviceReader:
-        """Return a reader of states on ``device``."""
+    def on(cls, device: torch.device, width: int = 4) -> DeviceReader:
+        """Return a reader of float32 tensors of shape (width,) on ``device``."""
         module = torch.get_device_module(device)
 
         def mark() -> Any:
@@ -69,20 +72,22 @@ class _DeviceReader:
             event.record(module.current_stream(device))
             return event
 
-        return cls(torch.empty(_SLOTS, 4, pin_memory=True), mark)
+        return cls(torch.empty(_SLOTS, width, pin_memory=True), mark)
 
     def send(self, step: int, packed: Tensor) -> None:
+        """Send a tensor of shape (width,) on its way, unless all slots are."""
         if not self._free:
             return  # that far behind: leave this one out rather than wait; counts are cumulative
         slot = self._free.popleft()
         self._slots[slot].copy_(packed, non_blocking=True)
         self._sent.append((step, slot, self._mark()))
 
-    def arrived(self, wait: bool) -> Iterator[tuple[int, LossScaleState]]:
+    def arrived(self, wait: bool) -> Iterator[tuple[int, Row]]:
+        """Yield the steps and values that are here; ``wait`` for all of them."""
         while self._sent and (wait or self._sent[0][2].query()):
             step, slot, event = self._sent.popleft()
             event.synchronize()
-            row = LossScaleState(*self._slots[slot].numpy().tolist())
+            row: Row = self._slots[slot].numpy().tolist()
             self._free.append(slot)
             yield step, row
 
@@ -93,7 +98,7 @@ class History:
     def __init__(self, first: LossScaleState, events: Iterable[ScaleEvent] = ()) -> None:
         self.events: deque[ScaleEvent] = deque(events, maxlen=KEPT_EVENTS)
         self._last = first
-        self._reader: _HostReader | _DeviceReader | None = None
+        self._reader: _HostReader | DeviceReader | None = None
         self._device: torch.device | None = None
 
     def record(self, step: int, packed: Tensor) -> list[LossScaleState]:
@@ -101,20 +106,21 @@ class History:
         if self._reader is None or packed.device != self._device:
             self._device = packed.device
             on_host = packed.device.type == "cpu"
-            self._reader = _HostReader() if on_host else _DeviceReader.on(packed.device)
+            self._reader = _HostReader() if on_host else DeviceReader.on(packed.device)
         self._reader.send(step, packed)
         return self._receive(wait=False)
 
     def drain(self) -> None:
         """Wait for every state that is on its way."""
-        if isinstance(self._reader, _DeviceReader):
+        if isinstance(self._reader, DeviceReader):
             self._receive(wait=True)
 
     def _receive(self, wait: bool) -> list[LossScaleState]:
         if self._reader is None:
             return []
         rows = []
-        for step, row in self._reader.arrived(wait):
+        for step, values in self._reader.arrived(wait):
+            row = LossScaleState(*values)
             skipped = row.skipped_steps > self._last.skipped_steps
             if skipped or row.scale != self._last.scale:
                 self.events.append(ScaleEvent(step, row.scale, skipped))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,19 @@ class Stage(Enum):
     UNSCALED = "the gradients are unscaled"
 
 
+class StepObserver(Protocol):
+    """What an instrument is told of each step; nothing is read on the host for it."""
+
+    def saw_loss(self, loss: Tensor) -> None:
+        """Take a loss before it is scaled."""
+
+    def before_step(self, optimizer: Optimizer, scale: Tensor | None) -> None:
+        """Look at the gradients; ``scale`` is what divides them yet, None for nothing."""
+
+    def after_step(self, found: Tensor, state: Tensor) -> None:
+        """Take what the step found (1.0: skipped) and the packed state of the scale after it."""
+
+
 class ScaledStep(OptimizerProxy):
     """An optimizer in front of another one, with a loss scale between the two.
 
@@ -64,6 +77,7 @@ class ScaledStep(OptimizerProxy):
         self._fusion = fusion
         self._guards: list[RemovableHandle] = []
         self._leftovers = Leftovers()
+        self.observers: list[StepObserver] = []
         self._continue_from(saved)
 
     def _continue_from(self, saved: checkpoint.Saved) -> None:
@@ -79,6 +93,11 @@ class ScaledStep(OptimizerProxy):
     def loss_scale(self) -> LossScale:
         """The rule that makes the scale: a frozen value."""
         return self._state.rule
+
+    @property
+    def scale_tensor(self) -> Tensor:
+        """What the next loss is multiplied by: 0-dim, on the device; nothing waits for it."""
+        return self._scale_now()
 
     # ------------------------------------------------------------------ scaling
 
@@ -107,6 +126,8 @@ class ScaledStep(OptimizerProxy):
                 "computed under no_grad, detached, or from parameters that are frozen."
             )
         output = scaled(loss, self._scale_now())
+        for observer in self.observers:
+            observer.saw_loss(loss)
         if self._leftovers:
             check: Any = self._leftovers.check(self.inner_optimizer)
             output.register_hook(check)  # type: ignore[no-untyped-call]
@@ -194,6 +215,8 @@ class ScaledStep(OptimizerProxy):
             self._last_found = None
             self._end()
             return
+        for observer in self.observers:
+            observer.before_step(self, self._scale_now() if self._found is None else None)
         self._fusion.follow(grads.sparse)
         verdict = self._verdict(grads)
         found, taken = self._agree(verdict.found, bool(grads))
@@ -223,6 +246,8 @@ class ScaledStep(OptimizerProxy):
         self._last_found = found
         packed = self._state.advance(found, taken)
         self._end()
+        for observer in self.observers:
+            observer.after_step(found, packed)
         for row in self._history.record(self._steps, packed):
             if self.loss_scale.exhausted(row):
                 raise LossScaleExhausted(
