@@ -163,12 +163,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         if not self.built:
             return
-        state = self.loss_scale_state()
-        if optimizer_variables is not None:
-            places = {id(variable): place for place, variable in enumerate(self.variables)}
-            now = (optimizer_variables[places[id(variable)]] for variable in self._state)
-            state = core.LossScaleState(*(float(ops.convert_to_numpy(value)) for value in now))
-        self.raise_exhausted(state)
+        if optimizer_variables is None:
+            self.raise_exhausted(self.loss_scale_state())
+        else:
+            self.raise_exhausted(self.state_among(optimizer_variables))
+
+    def state_among(self, optimizer_variables: Sequence[Any]) -> core.LossScaleState:
+        """Return the state of the loss scale among the arrays that stand for ``variables``."""
+        places = {id(variable): place for place, variable in enumerate(self.variables)}
+        return core.LossScaleState(
+            *(optimizer_variables[places[id(variable)]] for variable in self._state)
+        )
 
     def raise_exhausted(
         self, state: core.LossScaleState, pairs: Iterable[tuple[Any, Any]] = ()
