@@ -3,6 +3,7 @@
 Importing it lets Keras ask halfstep for its global policy, and keep policies when it loads a model.
 """
 
+from . import fit as _fit
 from . import global_policy as _global_policy
 from . import loading as _loading
 from . import settling as _settling
@@ -12,9 +13,11 @@ from .global_policy import set_global_policy as set_global_policy
 from .loss_scale import DynamicLossScale as DynamicLossScale
 from .loss_scale import FixedLossScale as FixedLossScale
 from .loss_scale import LossScale as LossScale
+from .optimizer import LossScaleOptimizer as LossScaleOptimizer
 from .policy import Policy as Policy
 from .policy import PolicyMap as PolicyMap
 
 _global_policy.follow()
 _loading.install()
 _settling.install()
+_fit.install()
