@@ -12,7 +12,15 @@ from torch import Tensor, fx
 
 from ...core.paint import Painting
 from .build import Program, arguments, elements, is_float32, name_of
-from .operations import ACCUMULATES_IN, MAKES_FROM_NOTHING, MASKS, SHAPE_ONLY
+from .operations import (
+    ACCUMULATES_IN,
+    MAKES_FROM_NOTHING,
+    MASKS,
+    PORTS,
+    PROMOTES,
+    SHAPE_ONLY,
+    Ports,
+)
 
 _COPIED_META = (
     "nn_module_stack", "fwd_nn_module_stack", "source_fn_stack", "stack_trace", "seq_nr",
@@ -73,13 +81,13 @@ class _Rewriter:
         painted = self.program.graph.nodes[number]
         fixed = set(painted.fixed_args)
         low = self.painting.low[number]
-        if not low and self._accumulate(node):
+        if not low and (self._accumulate(node) or self._promote(node)):
             return
         args = {n: self._given(node, n, given, low, fixed) for n, _, given in arguments(node)}
         self._set_dtype(node, args, low)
         _set_arguments(node, args)
         if low:
-            _describe(node, mode)
+            _describe(node, mode, PORTS.get(name_of(node), Ports()).results)
 
     def _given(self, node: fx.Node, name: str, given: Any, low: bool, fixed: set[int]) -> Any:
         shape_only = name == "self" and name_of(node) in SHAPE_ONLY
@@ -136,6 +144,20 @@ class _Rewriter:
         node.kwargs = {**node.kwargs, "dtype": torch.float32}
         return True
 
+    def _promote(self, node: fx.Node) -> bool:
+        """Let a sum or product read 16 bits beside a float32 tensor: the same numbers, no cast."""
+        tensors = [given for given in node.args if isinstance(given, fx.Node)]
+        low = [self._is_low(given) for given in tensors]
+        if name_of(node) not in PROMOTES or len(tensors) != 2 or not any(low):
+            return False
+        one, other = (given.meta["val"].dim() for given in tensors)
+        # a tensor without dimensions has no say in the dtype of a result that has some
+        if (one == 0) != (other == 0):
+            return False
+        if all(low):
+            node.replace_input_with(tensors[0], self._cast(tensors[0], torch.float32, node))
+        return tensors[0] is not tensors[1]
+
     def _set_dtype(self, node: fx.Node, args: dict[str, Any], low: bool) -> None:
         """A dtype that the call names, or takes from no tensor's numbers, is the painted one."""
         if not is_float32(node.meta["val"]):
@@ -170,13 +192,30 @@ def _fake_mode(graph: fx.Graph) -> AbstractContextManager[Any] | None:
     return None
 
 
-def _describe(node: fx.Node, mode: AbstractContextManager[Any] | None) -> None:
-    """Work out anew what a node makes."""
+def _describe(
+    node: fx.Node,
+    mode: AbstractContextManager[Any] | None,
+    float32_results: frozenset[int] = frozenset(),
+) -> None:
+    """Work out anew what a node makes.
+
+    The fake kernels of some operations describe statistics in 16 bits that the real ones make in
+    float32.
+    """
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
     with mode if mode is not None else torch.no_grad():
         made = node.target(*args, **kwargs)  # type: ignore[operator]
+        if float32_results and isinstance(made, (list, tuple)):
+            made = tuple(
+                each.float() if number in float32_results and _is_floating(each) else each
+                for number, each in enumerate(made)
+            )
     node.meta["val"] = made
     if isinstance(made, Tensor) and "tensor_meta" in node.meta:
         from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
         node.meta["tensor_meta"] = _extract_tensor_metadata(made)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -68,7 +68,7 @@ OPERATIONS = OperationLists(
         **_each("huber_loss huber_loss_backward soft_margin_loss soft_margin_loss_backward", _LOSS),
         **_each("binary_cross_entropy binary_cross_entropy_backward", _LOSS),
         **_each("binary_cross_entropy_with_logits _ctc_loss _ctc_loss_backward", _LOSS),
-        **_each("sin cos tan acos asin atan2", _ANGLE),
+        **_each("tan acos asin atan2", _ANGLE),
         **_each("remainder fmod", _REMAINDER),
         "erfinv": "its tails need float32",
     },
@@ -118,6 +118,7 @@ OPERATIONS = OperationLists(
         **_each("scalar_tensor arange iota linspace eye", _FILLS),
     },
     opaque={
+        **_each("sin cos", "a rounded angle is another angle; the result may be rounded"),
         **_each("rand randn rand_like randn_like bernoulli uniform normal", _RANDOM),
         **_each("normal_functional multinomial exponential randint inductor_random", _RANDOM),
         **_each("linalg_cholesky_ex linalg_lu linalg_lu_factor_ex linalg_qr", _DECOMPOSITION),
@@ -155,6 +156,10 @@ SUMS_IF = {"index_put": "accumulate", "_unsafe_index_put": "accumulate"}
 
 ACCUMULATES_IN = _names("sum mean prod cumsum cumprod nansum")
 """They take 16 bits and add up in the float32 of their ``dtype=``, so that no cast is needed."""
+
+
+PROMOTES = _names("add sub mul div")
+"""Beside a float32 tensor they read a 16-bit one as float32 by themselves."""
 
 
 @dataclass(frozen=True)
