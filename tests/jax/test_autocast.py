@@ -365,6 +365,52 @@ def test_second_derivatives():
     assert far(hessian, jax.jit(jax.jacfwd(jax.jacrev(loss)))(X[:1, :])) < 0.05
 
 
+def capturing(w):
+    """sin(x @ w), with a rule that captures w and calls the function itself."""
+    function = jax.custom_vjp(lambda x: jnp.sin(x @ w))
+    function.defvjp(
+        lambda x: (function(x), x), lambda x, g: ((g * jnp.cos(x @ w)) @ w.T,)
+    )  # fmt: skip
+    return function
+
+
+def test_second_derivatives_of_a_rule_that_captures_an_array():
+    def curvature(w, x, around):
+        loss = around(lambda x: capturing(w)(x).sum() + (x @ W).sum())
+        return jax.grad(lambda x: (jax.grad(loss)(x) ** 2).sum())(x)
+
+    expected = curvature(W, X, lambda f: f)
+    assert far(curvature(W, X, autocast), expected) < 0.03
+    # w is being traced, by jit, outside of autocast
+    assert far(jax.jit(lambda w, x: curvature(w, x, autocast))(W, X), expected) < 0.03
+
+
+def test_a_rule_that_captures_what_autocast_traces_is_named():
+    def loss(w, x):
+        return capturing(w)(x).sum()
+
+    # jax.jit has the same limit
+    with pytest.raises((jax.errors.UnexpectedTracerError, TypeError)):
+        jax.grad(jax.jit(loss), 1)(W, X)
+    with pytest.raises(NotTraceableError, match=r"captures an array.*autocast\(jax.grad\(f\)\)"):
+        jax.grad(autocast(loss), 1)(W, X)
+    assert far(autocast(jax.grad(loss, 1))(W, X), jax.grad(loss, 1)(W, X)) < 0.03
+
+
+def test_a_rule_is_told_which_arguments_are_differentiated():
+    told = []
+    product = jax.custom_vjp(lambda x, w: x @ w)
+
+    def forward(x, w):
+        told.append((x.perturbed, w.perturbed))
+        return x.value @ w.value, (x.value, w.value)
+
+    product.defvjp(forward, lambda saved, g: (g @ saved[1].T, saved[0].T @ g), symbolic_zeros=True)
+    grad = jax.grad(autocast(lambda x, w: product(x, w).sum()))
+    assert far(grad(X, W), jax.grad(lambda x: (x @ W).sum())(X)) < 0.02
+    assert set(told) == {(True, False)}
+
+
 def nested_scans(ws, x):
     def outer(x, w):
         def inner(y, _):

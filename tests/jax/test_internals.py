@@ -99,6 +99,13 @@ def test_programs_can_be_traced_from_abstract_values_and_opened():
     assert not opened.constvars
 
 
+def test_symbolic_zeros_become_zeros():
+    zero = jax.custom_derivatives.SymbolicZero(jax.typeof(X))
+    made = internals.zeros_of(zero)
+    assert (made.shape, made.dtype) == ((2, 2), jnp.float32), MOVED + "zeros of symbolic zeros"
+    assert not made.any()
+
+
 def test_a_reference_is_no_array_of_float32():
     def refers(x):
         ref = jax.new_ref(x)

@@ -95,6 +95,13 @@ def retraced(jaxpr: Jaxpr, dtype: Any) -> Jaxpr:
     return trace(function, scalars).jaxpr
 
 
+def zeros_of(zero: Any) -> Any:
+    """The zeros that a symbolic zero stands for, with its sharding and its varying axes."""
+    from jax._src.interpreters import ad
+
+    return ad.instantiate_zeros(ad.Zero(zero.aval))  # type: ignore[attr-defined, no-untyped-call]
+
+
 def is_unspecified(sharding: Any) -> bool:
     """Whether a ``jit`` left this sharding to the compiler."""
     return type(sharding).__name__ == "UnspecifiedValue" or sharding is None

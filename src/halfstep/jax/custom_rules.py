@@ -124,74 +124,120 @@ def run_custom_jvp(rule: Rule) -> list[Any]:
     return list(call(*rule.arguments()))
 
 
+@dataclass(frozen=True, slots=True)
+class _Static:
+    """What the halves of a rule agree about beside arrays.
+
+    Compared by identity: no two traces of a rule share their pull-back.
+
+    Attributes:
+        pull: the structure of the pull-back.
+        low: which residuals are in 16 bits.
+        perturbed: which arguments are differentiated.
+        out_flags: which results have a tangent.
+    """
+
+    pull: Any
+    low: tuple[bool, ...]
+    perturbed: tuple[bool, ...]
+    out_flags: tuple[bool, ...]
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
 @jax.tree_util.register_pytree_node_class
 class _Residuals:
-    """What the forward half hands to the backward half: arrays, and how to put them together."""
+    """What the forward half hands to the backward half."""
 
-    def __init__(self, arrays: Sequence[Any], low: Sequence[bool], pull: _Static) -> None:
+    def __init__(self, arrays: Sequence[Any], static: _Static) -> None:
         self.arrays = list(arrays)
-        self.low = tuple(low)
-        self.pull = pull
+        self.static = static
 
-    def tree_flatten(self) -> tuple[list[Any], Any]:
-        return self.arrays, (self.low, self.pull)
+    def tree_flatten(self) -> tuple[list[Any], _Static]:
+        return self.arrays, self.static
 
     @classmethod
-    def tree_unflatten(cls, static: Any, arrays: Sequence[Any]) -> _Residuals:
-        return cls(arrays, *static)
-
-
-class _Static:
-    """Compared by identity: no two traces of a rule share their pull-back."""
-
-    def __init__(self, treedef: Any, out_flags: Sequence[bool]) -> None:
-        self.treedef = treedef
-        self.out_flags = tuple(out_flags)
+    def tree_unflatten(cls, static: _Static, arrays: Sequence[Any]) -> _Residuals:
+        return cls(arrays, static)
 
 
 def run_custom_vjp(rule: Rule) -> list[Any]:
-    """Run a ``custom_vjp`` function, with both halves of its rule painted."""
+    """Run a ``custom_vjp`` function, with both halves of its rule painted.
+
+    Only what is differentiated is handed to the rule as such: it may have captured the rest.
+    """
     rule.frame.hoist(rule.step)
     call = jax.custom_vjp(rule.body)
     arguments = rule.arguments()
-    flags = [_has_tangent(array) for array in arguments]
 
     def forward(*primals: Any) -> tuple[tuple[Any, ...], _Residuals]:
-        seen: list[_Static] = []
-
-        def first_half(*arrays: Any) -> list[Any]:
-            outs, pull = jax.vjp(rule.original, *arrays)
-            residuals, treedef = jax.tree_util.tree_flatten(pull)
-            seen.append(_Static(treedef, [_has_tangent(array) for array in outs]))
-            return [*outs, *residuals]
-
-        count = len(rule.low_outs)
-        found = rule.rewrite(
-            first_half, primals, rule.low_args,
-            lambda total: (*rule.low_outs, *(None for _ in range(total - count))),
-        )  # fmt: skip
-        residuals = found[count:]
-        low = [array.dtype == rule.painted.dtype for array in residuals]
-        return tuple(found[:count]), _Residuals(residuals, low, seen[-1])
+        values = [primal.value for primal in primals]
+        perturbed = [
+            primal.perturbed and _has_tangent(value)
+            for primal, value in zip(primals, values, strict=True)
+        ]
+        return _first_half(rule, values, perturbed)
 
     def backward(residuals: _Residuals, cotangents: Sequence[Any]) -> tuple[Any, ...]:
-        static, count = residuals.pull, len(residuals.arrays)
+        found = iter(_second_half(rule, residuals, cotangents))
+        return tuple(next(found) if flag else None for flag in residuals.static.perturbed)
 
-        def second_half(*arrays: Any) -> list[Any]:
-            pull = jax.tree_util.tree_unflatten(static.treedef, arrays[:count])
-            given = _joined(static.out_flags, arrays[count:], cotangents)
-            return _split(flags, pull(given))
-
-        found = rule.rewrite(
-            second_half,
-            (*residuals.arrays, *_split(static.out_flags, cotangents)),
-            (*residuals.low, *_split(static.out_flags, rule.low_outs)),
-            lambda _: _split(flags, rule.low_args),
-        )
-        return tuple(_joined(flags, found, arguments))
-
-    call.defvjp(forward, backward)
+    call.defvjp(forward, backward, symbolic_zeros=True)
     return list(call(*arguments))
+
+
+def _first_half(
+    rule: Rule, values: Sequence[Any], perturbed: Sequence[bool]
+) -> tuple[tuple[Any, ...], _Residuals]:
+    seen: list[tuple[Any, tuple[bool, ...]]] = []
+
+    def half(*arrays: Any) -> list[Any]:
+        def original(*chosen: Any) -> list[Any]:
+            rest = iter(chosen)
+            return rule.original(
+                *(next(rest) if flag else array
+                  for flag, array in zip(perturbed, arrays, strict=True))
+            )  # fmt: skip
+
+        outs, pull = jax.vjp(original, *_split(perturbed, arrays))
+        residuals, treedef = jax.tree_util.tree_flatten(pull)
+        seen.append((treedef, tuple(_has_tangent(array) for array in outs)))
+        return [*outs, *residuals]
+
+    count = len(rule.low_outs)
+    found = rule.rewrite(
+        half, values, rule.low_args,
+        lambda total: (*rule.low_outs, *(None for _ in range(total - count))),
+    )  # fmt: skip
+    treedef, out_flags = seen[-1]
+    low = tuple(array.dtype == rule.painted.dtype for array in found[count:])
+    static = _Static(treedef, low, tuple(perturbed), out_flags)
+    return tuple(found[:count]), _Residuals(found[count:], static)
+
+
+def _second_half(rule: Rule, residuals: _Residuals, cotangents: Sequence[Any]) -> list[Any]:
+    static, count = residuals.static, len(residuals.arrays)
+    given = [_instantiated(each) for each in _split(static.out_flags, cotangents)]
+
+    def half(*arrays: Any) -> list[Any]:
+        pull = jax.tree_util.tree_unflatten(static.pull, arrays[:count])
+        return list(pull(_joined(static.out_flags, arrays[count:], cotangents)))
+
+    return rule.rewrite(
+        half,
+        (*residuals.arrays, *given),
+        (*static.low, *_split(static.out_flags, rule.low_outs)),
+        lambda _: _split(static.perturbed, rule.low_args),
+    )
+
+
+def _instantiated(cotangent: Any) -> Any:
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return internals.zeros_of(cotangent)
+    return cotangent
 
 
 RUN: dict[str, Callable[[Rule], list[Any]]] = {

@@ -14,6 +14,7 @@ from ..core.policy import Policy
 from . import _internals as internals
 from .build import build
 from .custom_rules import RUN, Rule
+from .errors import NotTraceableError
 from .evaluate import Frame, Painted
 from .program import Program, Step
 from .scopes import split_scope
@@ -92,7 +93,7 @@ class Painter:
             internals.with_dtype(jax.typeof(array), "float32") if low else jax.typeof(array)
             for array, low in zip(arrays, low_inputs, strict=True)
         ]
-        closed = internals.trace(function, avals)
+        closed = _traced_rule(function, avals)
         program = build(closed, self.lists, low_inputs)
         outputs = wanted(len(program.region.outs))
         return run(self.paint(program, outputs), arrays, outputs)
@@ -107,6 +108,18 @@ def run(painted: Painted, arrays: Sequence[Any], wanted: Sequence[Wanted]) -> li
         frame.read(slot, painted.low(slot) if low is None else low)
         for slot, low in zip(region.outs, wanted, strict=True)
     ]
+
+
+def _traced_rule(function: Callable[..., Any], avals: Sequence[Any]) -> internals.ClosedJaxpr:
+    try:
+        return internals.trace(function, avals)
+    except jax.errors.UnexpectedTracerError as error:
+        raise NotTraceableError(
+            "autocast: the rule of a custom_vjp or custom_jvp function captures an array that "
+            "autocast traces, so that it cannot be differentiated afterwards, as under jit. Hand "
+            "that array to the function as an argument, or put autocast around the gradient: "
+            "autocast(jax.grad(f))."
+        ) from error
 
 
 def _kept(node: Node, reason: str) -> Node:
