@@ -19,6 +19,9 @@ _MADE = {
     "zero": "rounded every value to zero",
 }
 _MOST_REACHED = 3
+GRADIENT = "the gradient of "
+"""How a gradient is named in `Fault.reached`."""
+
 _WIDTH = 92
 
 
@@ -149,9 +152,12 @@ class Fault:
     def _reached(self) -> str:
         if not self.reached:
             return "nothing: a later operation made ordinary, and wrong, numbers of it"
-        more = len(self.reached) - _MOST_REACHED
-        shown = ", ".join(self.reached[:_MOST_REACHED])
-        return shown + (f" and {more} more" if more > 0 else "")
+        gradients = [name for name in self.reached if name.startswith(GRADIENT)]
+        if len(gradients) <= _MOST_REACHED:
+            return ", ".join(self.reached)
+        others = [name for name in self.reached if not name.startswith(GRADIENT)]
+        first = gradients[0].removeprefix(GRADIENT)
+        return ", ".join([*others, f"{len(gradients)} gradients ({first} and others)"])
 
 
 def _hang(label: str, text: str) -> list[str]:

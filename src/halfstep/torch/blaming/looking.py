@@ -77,7 +77,7 @@ def facts(tensor: Tensor, name: str = "") -> TensorFacts:
     finite = wide[torch.isfinite(wide)]
     low = high = nearest = math.nan
     if finite.numel():
-        low, high = (float(end) for end in finite.aminmax())
+        low, high = (float(end) + 0.0 for end in finite.aminmax())  # + 0.0: no -0
         above = finite[finite != 0].abs()
         nearest = float(above.min()) if above.numel() else math.nan
     zeros, infinities, nans = (

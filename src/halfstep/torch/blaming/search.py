@@ -118,11 +118,16 @@ def _too_large_a_scale(step: Step, finding: Finding) -> Fault | None:
     return replace(
         finding.fault,
         cause=f"the loss scale, not the model: {finding.reason.cause}. At a loss scale of "
-        f"{step.loss_scale:g} the gradients overflow here, unscaled they are finite",
-        cure=f"a loss scale of {2.0**good:g} or less. A dynamic one finds it by itself, at the "
-        "price of a skipped step for each halving",
-        proof=f"at a loss scale of {2.0**good:g} everything is finite, at {2.0**bad:g} it is not",
+        f"{_power(step.loss_scale)} the gradients overflow here, unscaled they are finite",
+        cure=f"a loss scale of 2**{good} or less. A dynamic one finds it by itself, at the price "
+        "of a skipped step for each halving",
+        proof=f"at a loss scale of 2**{good} everything is finite, at 2**{bad} it is not",
     )
+
+
+def _power(scale: float) -> str:
+    exponent = math.log2(scale)
+    return f"2**{exponent:g}" if exponent.is_integer() and exponent > 3 else f"{scale:g}"
 
 
 def _vanished(step: Step, result: Result) -> Fault | None:
@@ -137,9 +142,9 @@ def _vanished(step: Step, result: Result) -> Fault | None:
         if find(replay(larger)) is None and find_vanished(replay(larger, all_zero)) is None:
             return replace(
                 finding.fault,
-                cure=f"a loss scale of {larger.loss_scale:g}: LossScaleOptimizer(optimizer), whose "
-                "scale is dynamic",
-                proof=f"at a loss scale of {larger.loss_scale:g} everything is finite and no "
+                cure=f"a loss scale of {_power(larger.loss_scale)}: LossScaleOptimizer(optimizer), "
+                "whose scale is dynamic",
+                proof=f"at a loss scale of {_power(larger.loss_scale)} everything is finite and no "
                 "weight's gradient is all zero",
             )
     return finding.fault
@@ -155,7 +160,9 @@ def _with_cure(step: Step, finding: Finding) -> Fault:
         return finding.fault
     fault = finding.fault
     if cured is None:
-        return replace(fault, proof="all of the model in float32: no better, so it is not rounding")
+        so = "the code itself asks for it" if finding.reason.rounding else "it is not rounding"
+        cure = fault.cure or f"take the cast to {fault.dtype} out of this line"
+        return replace(fault, cure=cure, proof=f"all of the model in float32 is no better, so {so}")
     words = _in_words(cured, policied=plan_of(step.model) is not None)
     return replace(
         fault,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...core.causes import Evidence, Reason, batch_reason, explain, parameter_reason
-from ...core.fault import Fault
+from ...core.fault import GRADIENT, Fault
 from ...core.fault import Kind as FaultKind
 from ...core.formats import FORMATS, format_of
 from .replay import Result
@@ -67,7 +67,7 @@ def find_vanished(result: Result) -> Finding | None:
     if not made:
         return None
     first = min(made, key=lambda record: record.index)
-    return _described(first, tuple(f"the gradient of {name}" for name in gone), "zero")
+    return _described(first, tuple(GRADIENT + name for name in gone), "zero")
 
 
 def _nonzero(detail: Detail) -> bool:
@@ -77,7 +77,7 @@ def _nonzero(detail: Detail) -> bool:
 
 def _reached(result: Result) -> tuple[str, ...]:
     loss = ("the loss",) if result.loss is not None and result.loss.bad else ()
-    gradients = tuple(f"the gradient of {name}" for name in result.bad_gradients)
+    gradients = tuple(GRADIENT + name for name in result.bad_gradients)
     return loss + gradients + tuple(f"the buffer {name}" for name in result.buffers)
 
 
@@ -141,14 +141,15 @@ def _described(record: Record, reached: tuple[str, ...], kind: FaultKind | None 
     evidence = _evidence(record, kind)
     reason = explain(evidence)
     operation = f"{record.operation} in {record.node}" if record.node else record.operation
+    path, place = _owner(record)
     fault = Fault(
-        path=record.place.path,
+        path=path,
         operation=operation,
         direction=evidence.direction,
         kind=evidence.kind,
         cause=reason.cause,
         cure=reason.cure,
-        place=record.place.words,
+        place=place,
         dtype=evidence.dtype,
         limit=evidence.format.max,
         inputs=evidence.inputs,
@@ -157,6 +158,18 @@ def _described(record: Record, reached: tuple[str, ...], kind: FaultKind | None 
         reached=reached,
     )
     return Finding(record, reason, fault)
+
+
+def _owner(record: Record) -> tuple[str, str]:
+    """The module to blame: whose operation it is, or whose weight it casts, wherever that is done.
+
+    A policy casts many weights in one go, in the forward of the first layer that needs one.
+    """
+    parents = record.parents
+    if record.operation == "_to_copy" and len(parents) == 1 and parents[0].operation == "parameter":
+        path, _, name = parents[0].name.rpartition(".")
+        return path, f"{path or 'The model'} (its {name})"
+    return record.place.path, record.place.words
 
 
 def _came_in(record: Record, reached: tuple[str, ...]) -> Finding:
