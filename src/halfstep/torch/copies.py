@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import PolicyError
 from .plan import plan_of, traced, transformed
+from .sharding import Recasts, is_sharded
 
 GROUP_BYTES = 64 * 2**20
 """How many bytes of weights are cast together at most: a group's gradients are all in memory
@@ -178,6 +179,10 @@ class WeightCopies:
         """Forget every copy."""
         self._copies.clear()
 
+    def outdate(self) -> None:
+        """Have the next call look at the model anew: it was sharded since the last look."""
+        self._groups.outdated = True
+
     def made(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """Return the copy of ``weight`` in ``dtype`` that was made earlier in this call, if any."""
         copy = self._copies.get((id(weight), dtype))
@@ -249,11 +254,13 @@ def _one_by_one() -> bool:
 class Entry:
     """What is known of a module that is called from outside: its weights and their devices.
 
-    ``watched`` holds the modes (training or not) in which its first call was watched for writes.
+    ``watched`` holds the modes (training or not) in which its first call was watched for writes;
+    ``sharded`` says whether FSDP2 gathers weights in it.
     """
 
     groups: WeightGroups
     devices: tuple[str, ...]
+    sharded: bool = False
     watched: set[bool] = field(default_factory=set)
 
 
@@ -268,7 +275,8 @@ def entry_of(module: nn.Module) -> Entry:
     if entry is None or entry.groups.outdated:
         before = None if entry is None else entry.groups
         groups = WeightGroups(weights_below(module), before)
-        entry = _entries[module] = Entry(groups, devices_of(module))
+        sharded = any(map(is_sharded, module.modules()))
+        entry = _entries[module] = Entry(groups, devices_of(module), sharded)
     return entry
 
 
@@ -281,7 +289,7 @@ def weights_below(module: nn.Module) -> Iterator[tuple[torch.Tensor, torch.dtype
     """Yield every weight that a layer in ``module`` reads in its compute dtype, and that dtype."""
     for layer in module.modules():
         plan = plan_of(layer)
-        if plan is None:
+        if plan is None or is_sharded(layer):
             continue
         for name in plan.reads:
             weight = layer._parameters.get(name)
@@ -313,6 +321,7 @@ class _Calls(threading.local):
     def __init__(self) -> None:
         self.stack: list[nn.Module] = []
         self.copies: WeightCopies | None = None
+        self.recasts: Recasts | None = None
         self.kept: list[tuple[frozenset[int], WeightCopies]] = []
         self.devices: tuple[str, ...] = ()
 

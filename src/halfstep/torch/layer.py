@@ -25,6 +25,7 @@ from .rules import LEFT_ALONE, SWITCHES
 from .running import Forward, inside, read, run, self_device
 
 _BASE = "_halfstep_base"
+_FSDP_INDEX = "_orig_cls_mro_index"
 # weakly on both sides: every parametrized module brings a class of its own, which knows the module
 _classes: WeakKeyDictionary[type, WeakValueDictionary[tuple[str, ...], type]] = WeakKeyDictionary()
 
@@ -92,6 +93,9 @@ def _make_class(base: type, reads: tuple[str, ...]) -> type:
         "__setstate__": _setstate(base),
         "register_parameter": _register_parameter(base),
     }
+    if hasattr(base, _FSDP_INDEX):
+        # fully_shard came first: it counts the classes before the one that a slice is made with
+        body[_FSDP_INDEX] = getattr(base, _FSDP_INDEX) + 1
     if issubclass(base, nn.modules.lazy.LazyModuleMixin) and base.cls_to_become is not None:
         # at its first call a lazy module becomes another class: that class under the policy
         body["cls_to_become"] = policied_class(base.cls_to_become, reads)

@@ -15,6 +15,7 @@ from .copies import WeightCopies, calls, copies_for, entry_of, is_selective
 from .plan import LayerPlan, plan_of, traced
 from .region import leave
 from .rules import PARAMETERS
+from .sharding import Recasts, is_sharded
 
 Forward = Callable[..., Any]
 
@@ -35,7 +36,18 @@ def read(module: nn.Module, value: Any) -> Any:
             return low
     if not plan.casts(value):
         return value
-    return value.to(plan.compute) if copies is None else copies.make(value, plan.compute)
+    if copies is None:
+        return value.to(plan.compute)
+    return _recast(copies, value, plan) if is_sharded(module) else copies.make(value, plan.compute)
+
+
+def _recast(copies: WeightCopies, value: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    """Return a copy of a weight that FSDP2 has gathered: used once, and kept by nobody."""
+    recasts = calls.recasts
+    if recasts is None:
+        copies.outdate()
+        return value.to(plan.compute)
+    return recasts.make(value, plan.compute)
 
 
 def _autocasts(value: torch.Tensor) -> bool:
@@ -99,7 +111,8 @@ def _call_outermost(
     copies = copies_for(self, entry, watch)
     calls.copies, calls.devices = copies, entry.devices
     try:
-        result = _call(forward, self, plan, args, kwargs)
+        call = _call_sharded if entry.sharded and torch.is_grad_enabled() else _call
+        result = call(forward, self, plan, args, kwargs)
     finally:
         calls.copies = None
     if watch and copies.watches:
@@ -107,6 +120,17 @@ def _call_outermost(
         _check_loss(self, plan, result)
         entry.watched.add(self.training)
     return result
+
+
+def _call_sharded(
+    forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any
+) -> Any:
+    calls.recasts = Recasts()
+    try:
+        with calls.recasts.hooks():
+            return _call(forward, self, plan, args, kwargs)
+    finally:
+        calls.recasts = None
 
 
 def _check_written(model: nn.Module, copies: WeightCopies) -> None:
