@@ -12,9 +12,11 @@ from torch import nn
 from ..core.compatibility import compatibility_check
 from ..core.global_policy import global_policy
 from ..core.policy import DTYPES, Policy, PolicyMap, as_policy_map
+from ..core.policy_names import Update
 from ..errors import PolicyError, PolicyWarning, nearest
-from . import registry
-from .casting import dtype_named
+from . import masters, registry
+from .bare_steps import watch_steps
+from .casting import LOW, dtype_named
 from .layer import attach, detach, is_policied, plain_class, policied_class, register_parameters
 from .plan import LayerPlan, plan_of
 from .planning import NEVER_ATTACHED, Functional, Options, plan_model
@@ -89,22 +91,22 @@ def apply_policy(
 def remove_policy(model: Model) -> Model:
     """Take every policy away again, in place: classes and variable dtypes as they were.
 
-    (A weight that a policy like ``"bfloat16"`` stored in 16 bits gets its dtype back, not its
-    digits.)
+    A weight that ``"master_bfloat16"`` or the like stored in 16 bits gets every digit back that
+    its optimizer kept; after ``"bfloat16"`` it gets its dtype back, and no digit.
 
     >>> model = apply_policy(nn.Linear(2, 2), "mixed_bfloat16")
     >>> type(remove_policy(model)) is nn.Linear
     True
     """
-    for module in model.modules():
-        plan = plan_of(module)
-        if plan is None:
-            continue
+    plans = {module: plan for module in model.modules() if (plan := plan_of(module)) is not None}
+    for module, plan in plans.items():
         detach(module)
         for name, dtype in plan.stored:
             _store(module, name, dtype)
+    for module in plans:  # only now: a tied weight is stored once, and known by all its modules
         for parameter in module.parameters(recurse=False):
             registry.forget(parameter)
+            masters.forget(parameter)
     return model
 
 
@@ -192,15 +194,24 @@ def _class_of(module: nn.Module, plan: LayerPlan) -> type | None:
 def _carry_out(module: nn.Module, plan: LayerPlan, policied: type | None) -> None:
     variable = dtype_named(plan.policy.variable_dtype)
     for name, _ in plan.stored:
-        _store(module, name, torch.float32 if plan.reads_where == "float32" else variable)
+        dtype = torch.float32 if plan.reads_where == "float32" else variable
+        _store(module, name, dtype, plan.policy.update)
     attach(module, plan, policied)
     register_parameters(module)
 
 
-def _store(module: nn.Module, name: str, dtype: torch.dtype) -> None:
+def _store(module: nn.Module, name: str, dtype: torch.dtype, update: Update = "plain") -> None:
     parameter = module._parameters[name]
     if parameter is None or parameter.dtype is dtype:
         return  # tied to one that was there before
-    parameter.data = parameter.data.to(dtype)
-    if parameter.grad is not None:
-        parameter.grad = parameter.grad.to(dtype)
+    exact = parameter.data if (known := masters.float32_of(parameter)) is None else known
+    grad, parameter.grad = parameter.grad, None
+    parameter.data = exact.to(dtype)
+    parameter.grad_dtype = dtype
+    if grad is not None:
+        parameter.grad = grad.to(dtype)
+    masters.forget(parameter)
+    if update != "plain" and dtype in LOW and parameter.requires_grad and not exact.is_meta:
+        masters.keep(parameter, exact.to(torch.float32), update)
+    if update != "plain":
+        watch_steps()

@@ -24,7 +24,7 @@ from .history import History, ScaleEvent, exhausted_message
 from .optimizer import LossScaleOptimizer
 from .outputs import over_tensors, scaled
 from .state import ScaleState
-from .stepping import take_step
+from .stepping import Skip, take_step
 
 _LIMITS = ("min_scale", "max_scale", "hysteresis")
 
@@ -211,7 +211,8 @@ class GradScaler(torch.amp.GradScaler):
         verdict = self._verdict(grads, state, packed)
         result = None
         if verdict is not None:
-            result = take_step(optimizer, grads, verdict.found, verdict.divisor, *args, **kwargs)
+            skip = Skip(verdict.found)
+            result = take_step(optimizer, grads, skip, verdict.divisor, *args, **kwargs)
             state["found_inf_per_device"] = {packed.device: verdict.found}
         self._last_found = None if verdict is None else verdict.found
         state["stage"] = OptState.STEPPED

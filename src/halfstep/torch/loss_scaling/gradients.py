@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ...errors import LossScaleError
+from ..casting import LOW
+from ..masters import update_of
 
 Bucket = tuple[torch.device, torch.dtype]
 
@@ -48,7 +50,7 @@ def refuse_float16(optimizer: Optimizer) -> None:
         Float16ParameterError: with the parameter's group, position, name and shape.
     """
     for parameter, label in labelled(optimizer):
-        if parameter.dtype == torch.float16:
+        if parameter.dtype == torch.float16 and update_of(parameter) == "plain":
             raise Float16ParameterError(_float16_message(label))
 
 
@@ -57,7 +59,8 @@ def _float16_message(label: str) -> str:
         f"Attempting to unscale FP16 gradients. {label}, is float16, and so is its gradient after "
         "unscaling: small updates are lost, which is what loss scaling is there to prevent. Keep "
         "the variables in float32 and compute in float16: use "
-        'apply_policy(model, "mixed_float16") instead of model.half().'
+        'apply_policy(model, "mixed_float16") instead of model.half(). Or keep float32 masters: '
+        '"master_float16", with LossScaleOptimizer.'
     )
 
 
@@ -70,12 +73,14 @@ class Gradients:
         sparse: whether there is a sparse one.
         sharded: whether there is a DTensor.
         foreign: the first parameter whose gradient has another dtype than itself.
+        low: whether there is a parameter with 16 bits.
     """
 
     buckets: dict[Bucket, list[Tensor]] = field(default_factory=dict)
     sparse: bool = False
     sharded: bool = False
     foreign: Tensor | None = None
+    low: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.buckets)
@@ -100,14 +105,21 @@ def gather(optimizer: Optimizer, allow_float16: bool = False) -> Gradients:
             grad = parameter.grad
             if grad is None:
                 continue
-            if parameter.dtype == torch.float16 and not allow_float16:
-                raise Float16ParameterError(_float16_message(label_of(optimizer, parameter)))
+            if parameter.dtype in LOW:
+                found.low = True
+                if not allow_float16:
+                    _refuse_low(optimizer, parameter)
             _add(found, parameter, grad)
     return found
 
 
+def _refuse_low(optimizer: Optimizer, parameter: Tensor) -> None:
+    if parameter.dtype == torch.float16 and update_of(parameter) == "plain":
+        raise Float16ParameterError(_float16_message(label_of(optimizer, parameter)))
+
+
 def _add(found: Gradients, parameter: Tensor, grad: Tensor) -> None:
-    if grad.dtype != parameter.dtype and found.foreign is None:
+    if grad.dtype != parameter.dtype and found.foreign is None and update_of(parameter) == "plain":
         found.foreign = parameter
     if grad.is_sparse:
         found.sparse = True
@@ -123,9 +135,6 @@ def _add(found: Gradients, parameter: Tensor, grad: Tensor) -> None:
         found.buckets.setdefault((grad.device, grad.dtype), []).append(grad)
 
 
-HALVES = (torch.float16, torch.bfloat16)
-
-
 def widened(tensor: Tensor) -> Tensor:
     """Return ``tensor`` in float32 if it has 16 bits, else as it is.
 
@@ -133,7 +142,7 @@ def widened(tensor: Tensor) -> Tensor:
     >>> widened(torch.ones(2, dtype=torch.float16)).dtype
     torch.float32
     """
-    return tensor.float() if tensor.dtype in HALVES else tensor
+    return tensor.float() if tensor.dtype in LOW else tensor
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import LossScaleError
+from ..bare_steps import refuse_bare_step
 from .fusion import is_sgd
 from .gradients import Gradients, label_of, labelled
 
@@ -27,7 +28,8 @@ def _trainable(optimizer: Optimizer) -> list[Tensor]:
 def is_watched(optimizer: Optimizer) -> bool:
     """Whether hooks will look at the gradients before the step; they are to see them unscaled."""
     own = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-    return bool(own or torch_optimizer._global_optimizer_pre_hooks)
+    everywhere = torch_optimizer._global_optimizer_pre_hooks.values()
+    return bool(own) or any(hook is not refuse_bare_step for hook in everywhere)
 
 
 def refuse_foreign(optimizer: Optimizer, grads: Gradients) -> None:

@@ -14,15 +14,18 @@ from torch.optim import Optimizer
 
 from ...core.loss_scale import DynamicLossScale, LossScale, as_loss_scale
 from ...errors import LossScaleError
+from ..masters import update_of
 from ..registry import loss_scale_of
-from . import checkpoint
+from . import checkpoint, rests
+from .evaluating import EvaluatedStep
 from .fusion import FusedSwitch
 from .gradients import judge, moved, refuse_float16, widened
 from .history import ScaleEvent
 from .scaled_step import ScaledStep, Stage
+from .wide import put_gradient
 
 
-class LossScaleOptimizer(ScaledStep):
+class LossScaleOptimizer(EvaluatedStep):
     r"""Wrap an optimizer, so that losses are scaled, and gradients unscaled, checked and clipped.
 
     ::
@@ -98,7 +101,8 @@ class LossScaleOptimizer(ScaledStep):
         self._set_up(optimizer, max_norm, process_group, fusion, checkpoint.fresh(rule))
         if rule.skips:
             refuse_float16(optimizer)
-            fusion.turn_on()
+            with self._wide.lent():
+                fusion.turn_on()
 
     # ------------------------------------------------------------------ the inner optimizer
 
@@ -109,14 +113,17 @@ class LossScaleOptimizer(ScaledStep):
             LossScaleError: float16 parameters; the group is not added then.
         """
         self.inner_optimizer.add_param_group(param_group)
+        self._wide.follow()
         if not self.loss_scale.skips:
             return
         try:
             refuse_float16(self.inner_optimizer)
         except LossScaleError:
             self.inner_optimizer.param_groups.pop()
+            self._wide.follow()
             raise
-        self._fusion.turn_on()
+        with self._wide.lent():
+            self._fusion.turn_on()
 
     def __repr__(self) -> str:
         clip = "" if self.max_norm is None else f", max_norm={self.max_norm}"
@@ -218,19 +225,19 @@ class LossScaleOptimizer(ScaledStep):
                     f"apply_gradients: the parameter of pair {place}, shape "
                     f"{tuple(parameter.shape)}, is not one of this optimizer's {len(own)}."
                 )
-        before = [parameter.grad for parameter in own]
+        before = [(parameter.grad, parameter.grad_dtype) for parameter in own]
         try:
             for parameter in own:
                 parameter.grad = None
             for grad, parameter in pairs:
                 # a copy: the step clips and unscales in place
-                parameter.grad = (
-                    None if grad is None else grad.detach().to(parameter.dtype, copy=True)
-                )
+                if grad is not None:
+                    dtype = parameter.dtype if update_of(parameter) == "plain" else torch.float32
+                    put_gradient(parameter, grad.detach().to(dtype, copy=True), dtype)
             yield
         finally:
-            for parameter, grad in zip(own, before, strict=True):
-                parameter.grad = grad
+            for parameter, (grad, dtype) in zip(own, before, strict=True):
+                put_gradient(parameter, grad, dtype)
             self._found = None
             self._stage = Stage.IDLE
             self._leftovers.forget()  # what was lent is gone
@@ -244,7 +251,10 @@ class LossScaleOptimizer(ScaledStep):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state_dict = self._fusion.honest(self.inner_optimizer.state_dict())
+        with self._wide.lent():
+            state_dict = self._fusion.honest(self.inner_optimizer.state_dict())
+        if self._wide:
+            state_dict = rests.with_rests(self.inner_optimizer, state_dict)
         state_dict[checkpoint.KEY] = checkpoint.to_plain(self._saved())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
@@ -284,7 +294,10 @@ class LossScaleOptimizer(ScaledStep):
                 stacklevel=2,
             )
             saved = checkpoint.fresh(self.loss_scale)
-        self._load_inner(state_dict)
+        state_dict, digits = rests.split(self.inner_optimizer, state_dict)
+        with self._wide.lent():
+            self._load_inner(state_dict)
+        rests.give(digits)
         self._continue_from(saved)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -317,14 +330,17 @@ class LossScaleOptimizer(ScaledStep):
             "max_norm": self.max_norm,
             "saved": self._saved(),
             "fused_before": self._fusion.before,
+            "kept": rests.to_copy(self.inner_optimizer),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         inner, saved = state["inner_optimizer"], state["saved"]
+        rests.from_copy(state["kept"])
         fusion = FusedSwitch(inner, state["fused_before"])
         self._set_up(inner, state["max_norm"], None, fusion, saved)
         if saved.rule.skips:
-            fusion.turn_on()
+            with self._wide.lent():
+                fusion.turn_on()
 
 
 def _check_optimizer(optimizer: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, Protocol
 
@@ -14,15 +16,17 @@ from torch.utils.hooks import RemovableHandle
 from ...core.loss_scale import LossScale
 from ...errors import LossScaleError, LossScaleExhausted
 from . import checkpoint
-from .closures import Closure, NotFinite, evaluates_once, step_or_restore
+from .closures import Closure
 from .fusion import FusedSwitch
 from .gradients import Gradients, Verdict, blame, divide_, gather, judge
 from .guards import Leftovers, is_watched, refuse_foreign, refuse_more
 from .history import History, exhausted_message
+from .lost import LostUpdates
 from .outputs import over_tensors, scaled
 from .proxy import OptimizerProxy
 from .state import ScaleState
-from .stepping import take_step
+from .stepping import Skip, take_step
+from .wide import WideSide
 
 Flag = tuple[Tensor, Tensor | None]
 """Whether a gradient is not finite, and whether any rank has one (None: this one has)."""
@@ -75,6 +79,8 @@ class ScaledStep(OptimizerProxy):
         self.max_norm = max_norm
         self.process_group = process_group
         self._fusion = fusion
+        self._wide = WideSide(optimizer)
+        self._lost: LostUpdates | None = None
         self._guards: list[RemovableHandle] = []
         self._leftovers = Leftovers()
         self.observers: list[StepObserver] = []
@@ -156,7 +162,10 @@ class ScaledStep(OptimizerProxy):
         if not grads:
             return
         verdict = judge(grads, self._scale_now(), None, self._home())
-        divide_(grads, verdict.divisor)
+        if self._wide:
+            self._wide.unscaled(lambda: divide_(self._gather(), verdict.divisor))
+        else:
+            divide_(grads, verdict.divisor)
         self._found = verdict.found
         self._stage = Stage.UNSCALED
         self._guards = refuse_more(self.inner_optimizer)
@@ -164,6 +173,7 @@ class ScaledStep(OptimizerProxy):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the inner optimizer does."""
         self.inner_optimizer.zero_grad(set_to_none)
+        self._wide.narrow_again()
         self._leftovers.forget()
         self._unguard()
         if self._stage is Stage.UNSCALED:
@@ -171,42 +181,17 @@ class ScaledStep(OptimizerProxy):
 
     # ------------------------------------------------------------------ stepping
 
-    def step(self, closure: Closure | None = None) -> Any:
-        """Unscale, check, clip, and let the inner optimizer step if all gradients are finite.
-
-        Args:
-            closure: evaluates the loss, scales it through this optimizer, runs backward, and
-                returns the loss (the unscaled one). It is called once, or as often as the inner
-                optimizer wants (LBFGS); then each evaluation is unscaled and checked, and one
-                that is not finite takes back the whole step.
-
-        Returns:
-            What the closure returned first, or None.
-
-        Raises:
-            LossScaleError: gradients, and nothing was scaled since the last step.
-            LossScaleExhausted: a smaller scale can no longer help. On an accelerator it comes a
-                few steps late, because nothing waits for it.
-        """
-        if closure is not None and not evaluates_once(self.inner_optimizer):
-            return self._step_evaluating(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            self._step(closure)
-        return loss
-
     def _step(self, closure: Closure | None) -> None:
         if is_watched(self) or is_watched(self.inner_optimizer):
             self.unscale_()
         self._before_step(closure)
+        before = None if self._lost is None else self._lost.before(self._parameters())
         if self.loss_scale.skips:
             self._decide_and_step()
         else:
-            self._clip_only()
-            self.inner_optimizer.step()
+            self._clip_and_step()
+        if self._lost is not None and before is not None:
+            self._lost.after(before, self._last_found)
         self._after_step(closure)
 
     def _decide_and_step(self) -> None:
@@ -217,12 +202,45 @@ class ScaledStep(OptimizerProxy):
             return
         for observer in self.observers:
             observer.before_step(self, self._scale_now() if self._found is None else None)
-        self._fusion.follow(grads.sparse)
+        with self._wide.lent():
+            self._fusion.follow(grads.sparse)
         verdict = self._verdict(grads)
         found, taken = self._agree(verdict.found, bool(grads))
-        take_step(self.inner_optimizer, grads, found, verdict.divisor)
+        self._take(grads, Skip(found), verdict.divisor)
         self._last_norm = verdict.norm if self.max_norm is not None else None
         self._record(found, taken)
+
+    def _take(self, grads: Gradients, skip: Skip, divisor: Tensor | None) -> None:
+        inner = self.inner_optimizer
+        if self._wide:
+            self._wide.step(lambda: take_step(inner, gather(inner), skip, divisor), skip.found)
+        else:
+            take_step(inner, grads, skip, divisor)
+
+    @contextmanager
+    def lost_updates(self) -> Iterator[LostUpdates]:
+        """Count the updates that change nothing, in the steps taken inside a ``with`` block.
+
+        Each such step copies and compares all weights; no other step pays for it.
+
+        >>> import torch
+        >>> from halfstep.torch import LossScaleOptimizer
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.bfloat16))
+        >>> optimizer = LossScaleOptimizer(torch.optim.SGD([weight], lr=1.0), None)
+        >>> with optimizer.lost_updates() as lost:
+        ...     optimizer.backward((weight * torch.tensor([0.001, 0.1])).sum())
+        ...     optimizer.step()
+        >>> lost, weight.tolist()
+        (LostUpdates(updates=2, lost=1, unseen=1), [1.0, 0.8984375])
+        """
+        before, self._lost = self._lost, LostUpdates()
+        try:
+            yield self._lost
+        finally:
+            self._lost = before
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _verdict(self, grads: Gradients) -> Verdict:
         """Judge the gradients as they are: still scaled, or unscaled and perhaps changed since."""
@@ -260,66 +278,41 @@ class ScaledStep(OptimizerProxy):
         self._unguard()
         self._leftovers.note(self.inner_optimizer)
 
-    def _clip_only(self) -> None:
-        """Clip without a scale; what is not finite stays so, as with ``clip_grad_norm_``."""
-        if self.max_norm is None:
+    def _clip_and_step(self) -> None:
+        """Clip and step without a scale."""
+        inner = self.inner_optimizer
+        self._wide.follow()
+        if not self._wide:
+            self._clip_only()
+            inner.step()
             return
+        divisor = self._clipping()
+
+        def take() -> None:
+            divide_(gather(inner, allow_float16=True), divisor)
+            inner.step()
+
+        self._wide.step(take, None)
+
+    def _clip_only(self) -> None:
+        divisor = self._clipping()
+        if divisor is not None:
+            divide_(gather(self.inner_optimizer, allow_float16=True), divisor)
+
+    def _clipping(self) -> Tensor | None:
+        """Return what clips the gradients if they are divided by it.
+
+        What is not finite stays so, as with ``clip_grad_norm_``.
+        """
+        if self.max_norm is None:
+            return None
         grads = gather(self.inner_optimizer, allow_float16=True)
         self._refuse_sharded(grads)
-        if grads:
-            verdict = judge(grads, self._one(), self.max_norm, self._home())
-            divide_(grads, verdict.divisor)
-            self._last_norm = verdict.norm
-
-    # ------------------------------------------------------------------ closures
-
-    def _step_evaluating(self, closure: Closure) -> Any:
-        """Let the inner optimizer evaluate the closure as often as it wants."""
-        if not self.loss_scale.skips:
-            self._before_step(closure)
-            loss: Any = self.inner_optimizer.step(self._evaluation(closure, []))
-            self._after_step(closure)
-            return loss
-        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
-            raise LossScaleError(
-                f"{type(self.inner_optimizer).__name__} evaluates its closure itself, so hooks "
-                "on the step cannot see its gradients. Register them on inner_optimizer."
-            )
-        flags: list[Flag] = []
-        result = None
-        # gradients that were there before belong to the step too (sharpness-aware ones use them)
-        if self._ready(Gradients() if self._stage is Stage.IDLE else self._gather(), flags):
-            result = step_or_restore(self.inner_optimizer, self._evaluation(closure, flags))
-        if flags:
-            self._record(*flags[-1])
-        return result
-
-    def _evaluation(self, closure: Closure, flags: list[Flag]) -> Closure:
-        def evaluate() -> Any:
-            self._unguard()
-            self._leftovers.forget()
-            self._found = None
-            self._stage = Stage.IDLE
-            with torch.enable_grad():
-                loss = closure()
-            if not self.loss_scale.skips:
-                self._clip_only()
-            elif not self._ready(self._gather(), flags):
-                raise NotFinite
-            return loss
-
-        return evaluate
-
-    def _ready(self, grads: Gradients, flags: list[Flag]) -> bool:
-        """Unscale and clip the gradients in place; say, by one host read, if they are finite."""
-        if not grads and self.process_group is None:
-            return True
-        verdict = self._verdict(grads)
-        flag = self._agree(verdict.found, bool(grads))
-        divide_(grads, verdict.divisor)
-        self._last_norm = verdict.norm if self.max_norm is not None else None
-        flags.append(flag)
-        return not flag[0].item()
+        if not grads:
+            return None
+        verdict = judge(grads, self._one(), self.max_norm, self._home())
+        self._last_norm = verdict.norm
+        return verdict.divisor
 
     # ------------------------------------------------------------------ small parts
 
@@ -341,6 +334,8 @@ class ScaledStep(OptimizerProxy):
         """Return the gradients, or raise before anything is touched."""
         optimizer = self.inner_optimizer
         grads = gather(optimizer)
+        if grads.low or self._wide:
+            self._wide.follow()
         if grads and self._stage is Stage.IDLE:
             raise LossScaleError(
                 "There are gradients, but no loss was scaled since the last step: they would be "

@@ -16,10 +16,28 @@ from .gradients import Gradients, divide_, moved
 from .guards import is_watched
 
 
+class Skip:
+    """Whether to skip a step: on the device, and on the host once somebody had to ask.
+
+    Args:
+        found: 1.0 to skip, 0.0 to step.
+    """
+
+    def __init__(self, found: Tensor) -> None:
+        self.found = found
+        self._known: bool | None = None
+
+    def on_host(self) -> bool:
+        """Return it as a boolean; the first time, this waits for the device."""
+        if self._known is None:
+            self._known = bool(self.found.item())
+        return self._known
+
+
 def take_step(
     optimizer: Optimizer,
     grads: Gradients,
-    found: Tensor,
+    skip: Skip,
     divisor: Tensor | None,
     *args: Any,
     **kwargs: Any,
@@ -32,7 +50,7 @@ def take_step(
     Args:
         optimizer: whose turn it is.
         grads: what it will step with.
-        found: 1.0 to skip, 0.0 to step.
+        skip: whether to.
         divisor: what the gradients are to be divided by, or None.
         args: for ``optimizer.step``.
         kwargs: for ``optimizer.step``.
@@ -41,17 +59,17 @@ def take_step(
         What ``optimizer.step`` returned; None if it was not called.
     """
     if skips_on_device(optimizer, grads):
-        return _on_device(optimizer, found, divisor, *args, **kwargs)
+        return _on_device(optimizer, skip.found, divisor, *args, **kwargs)
     divide_(grads, divisor)
     step: Callable[..., Any] = _undone
     if not torch.compiler.is_compiling():
-        if found.item():  # the one host read of this way
+        if skip.on_host():  # the one host read of this way
             return None
         step = _plainly
     if is_fused(optimizer):
         with unfused(optimizer):
-            return step(optimizer, found, *args, **kwargs)
-    return step(optimizer, found, *args, **kwargs)
+            return step(optimizer, skip.found, *args, **kwargs)
+    return step(optimizer, skip.found, *args, **kwargs)
 
 
 def skips_on_device(optimizer: Optimizer, grads: Gradients) -> bool:

@@ -1,0 +1,232 @@
+"""The float32 side of an optimizer whose parameters have 16 bits.
+
+Between steps an optimizer is as its user made it: its groups hold the model's parameters, and its
+state stands under them. For a step it is lent float32 values instead, so that any optimizer runs
+unchanged, in float32; afterwards they are rounded into the parameters.
+
+Many weights are lent at a time, but not all: what is float32 only for a step is at most
+``PART_BYTES`` large, however large the model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ...core.policy_names import Update
+from ...errors import LossScaleError
+from ..casting import LOW
+from ..masters import CLOSE, OPEN, Kept, kept_of, update_of, widened_all
+from .closures import evaluates_once
+from .guards import is_watched
+
+PART_BYTES = 64 * 2**20
+"""How many bytes of float32 gradients there are at most, while parts of the model step in turn."""
+
+Groups = list[list[Tensor]]
+
+
+class WideSide:
+    """Lends an optimizer float32 values of its 16-bit parameters.
+
+    Args:
+        optimizer: the inner optimizer. Parameters without a policy, or whose policy is not about
+            memory, are left to it as they are.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._managed: dict[int, Update] = {}
+        self._dtypes: list[torch.dtype] = []
+        self._parts: list[Groups] = []
+        self._widened: list[Tensor] = []
+        self.follow()
+
+    def __bool__(self) -> bool:
+        return bool(self._managed)
+
+    def follow(self) -> None:
+        """Look again at the parameters: policies come and go, and groups are added."""
+        groups = self._optimizer.param_groups
+        dtypes = [p.dtype for group in groups for p in group["params"]]
+        if dtypes == self._dtypes:
+            return
+        before, self._dtypes = self._managed, dtypes
+        self._managed, self._parts = {}, []
+        for group in groups:
+            for parameter in group["params"]:
+                update = update_of(parameter)
+                if update != "plain":
+                    self._managed[id(parameter)] = update
+                    if id(parameter) not in before:
+                        self._widen_state(parameter)
+
+    def _widen_state(self, parameter: Tensor) -> None:
+        # of steps that were taken before this: an average in 16 bits loses updates as a weight does
+        state = self._optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dtype in LOW:
+                state[name] = value.float()
+
+    def refuse_closure(self) -> None:
+        """Raise for an optimizer that evaluates its closure itself.
+
+        Raises:
+            LossScaleError: it changes parameters between evaluations, which must be the model's.
+        """
+        if self._managed:
+            raise LossScaleError(
+                f"{type(self._optimizer).__name__} evaluates its closure itself, on the model's "
+                "own parameters, so it cannot step on float32 values of 16-bit ones. Use "
+                "'mixed_float16' or 'mixed_bfloat16', whose parameters are float32."
+            )
+
+    # ------------------------------------------------------------------ lending
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Lend the optimizer everything at once, to save, load or look at its state.
+
+        What is float32 for a step only has no values then, but dtype and device.
+        """
+        if not self._managed:
+            yield
+            return
+        groups = self._all()
+        pairs = [(low, self._stand_in(low)) for low in self._of(groups)]
+        with self._in_place_of(groups, pairs):
+            yield
+
+    def _stand_in(self, low: Tensor) -> Tensor:
+        if self._managed[id(low)] == "master":
+            return kept_of(low).rest
+        return torch.empty(0, dtype=torch.float32, device=low.device)
+
+    def step(self, take: Callable[[], Any], found: Tensor | None) -> Any:
+        """Let the optimizer step on float32 values and gradients, a part of the model at a time.
+
+        Args:
+            take: steps with the gradients that the optimizer's parameters have then, or skips.
+            found: 1.0 if it skips, 0.0 if it does not, None if it never does.
+        """
+        result = None
+        for groups in self._split():
+            lows = [low for low in self._of(groups) if low.grad is not None]
+            kept: dict[Update, tuple[list[Tensor], list[Kept]]] = {u: ([], []) for u in OPEN}
+            for low in lows:
+                kept[self._managed[id(low)]][0].append(low)
+                kept[self._managed[id(low)]][1].append(kept_of(low))
+            result = self._step_part(groups, kept, take, found)
+        return result
+
+    def _step_part(
+        self,
+        groups: Groups,
+        kept: dict[Update, tuple[list[Tensor], list[Kept]]],
+        take: Callable[[], Any],
+        found: Tensor | None,
+    ) -> Any:
+        opened = {update: OPEN[update](*both) for update, both in kept.items() if both[0]}
+        pairs = [
+            p for update, wide in opened.items() for p in zip(kept[update][0], wide, strict=True)
+        ]
+        grads = widened_all([low.grad for low, _ in pairs if low.grad is not None])
+        for (_, wide), grad in zip(pairs, grads, strict=True):
+            wide.grad = grad
+        try:
+            with self._in_place_of(groups, pairs):
+                result = take()
+        finally:
+            for _, wide in pairs:
+                wide.grad = None
+        for update, wides in opened.items():
+            lows, rests = kept[update]
+            CLOSE[update](lows, rests, wides, found)
+            for low, rest in zip(lows, rests, strict=True):
+                rest.version = low._version
+        return result
+
+    @contextmanager
+    def _in_place_of(self, groups: Groups, pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        optimizer = self._optimizer
+        own = [group["params"] for group in optimizer.param_groups]
+        wide = {id(low): value for low, value in pairs}
+        _rename(optimizer.state, pairs)
+        for group, lows in zip(optimizer.param_groups, groups, strict=True):
+            group["params"] = [wide.get(id(low), low) for low in lows]
+        try:
+            yield
+        finally:
+            for group, lows in zip(optimizer.param_groups, own, strict=True):
+                group["params"] = lows
+            _rename(optimizer.state, [(value, low) for low, value in pairs])
+
+    def _of(self, groups: Groups) -> list[Tensor]:
+        return [low for lows in groups for low in lows if id(low) in self._managed]
+
+    def _all(self) -> Groups:
+        return [list(group["params"]) for group in self._optimizer.param_groups]
+
+    def _split(self) -> list[Groups]:
+        """The parameters by group, in parts; one part where the optimizer might mind.
+
+        Those of torch update each parameter by itself; of others, and of hooks, nothing is known.
+        """
+        if not evaluates_once(self._optimizer) or is_watched(self._optimizer):
+            return [self._all()]
+        if not self._parts:
+            self._parts = list(_parts(self._all()))
+        return self._parts
+
+    # ------------------------------------------------------------------ gradients
+
+    def unscaled(self, divide: Callable[[], Any]) -> None:
+        """Put the float32 values of 16-bit gradients in their place, and divide those.
+
+        In 16 bits an unscaled gradient would lose what it was scaled for.
+        """
+        for low in self._of(self._all()):
+            if low.grad is not None and low.grad.dtype in LOW:
+                put_gradient(low, low.grad.to(torch.float32), torch.float32)
+                self._widened.append(low)
+        divide()
+
+    def narrow_again(self) -> None:
+        """Let gradients that were cleared come back in 16 bits."""
+        for low in self._widened:
+            if low.grad is None:
+                low.grad_dtype = low.dtype
+        self._widened = [low for low in self._widened if low.grad is not None]
+
+
+def put_gradient(parameter: Tensor, grad: Tensor | None, dtype: torch.dtype | None) -> None:
+    """Set ``.grad``, which may have another dtype than the parameter, and ``.grad_dtype``."""
+    parameter.grad = None
+    if parameter.grad_dtype is not dtype:
+        parameter.grad_dtype = dtype
+    parameter.grad = grad
+
+
+def _rename(state: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for old, new in pairs:
+        if old in state:
+            state[new] = state.pop(old)
+
+
+def _parts(groups: Groups) -> Iterator[Groups]:
+    part: Groups = [[] for _ in groups]
+    size = 0
+    for place, lows in enumerate(groups):
+        for low in lows:
+            bytes_here = 4 * low.numel()
+            if size and size + bytes_here > PART_BYTES:
+                yield part
+                part, size = [[] for _ in groups], 0
+            part[place].append(low)
+            size += bytes_here
+    yield part
