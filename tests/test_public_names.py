@@ -36,6 +36,10 @@ PUBLIC = {
         "global_policy",
         "policy_scope",
         "set_global_policy",
+        "ExponentHistogram",
+        "FormatFit",
+        "LossScaleAdvice",
+        "advise_loss_scale",
     },
     "halfstep.jax": {
         "DynamicLossScale",

@@ -21,6 +21,10 @@ from .core.loss_scale import FixedLossScale as FixedLossScale
 from .core.loss_scale import LossScale as LossScale
 from .core.loss_scale import LossScaleState as LossScaleState
 from .core.loss_scale import NoLossScale as NoLossScale
+from .core.numerics import ExponentHistogram as ExponentHistogram
+from .core.numerics import FormatFit as FormatFit
+from .core.numerics import LossScaleAdvice as LossScaleAdvice
+from .core.numerics import advise_loss_scale as advise_loss_scale
 from .core.policy import Policy as Policy
 from .core.policy import PolicyMap as PolicyMap
 from .errors import AdviceError as AdviceError
@@ -41,11 +45,14 @@ __all__ = [
     "Compatibility",
     "Device",
     "DynamicLossScale",
+    "ExponentHistogram",
     "Fault",
     "FixedLossScale",
     "Format",
+    "FormatFit",
     "HalfstepError",
     "LossScale",
+    "LossScaleAdvice",
     "LossScaleError",
     "LossScaleExhausted",
     "LossScaleState",
@@ -57,6 +64,7 @@ __all__ = [
     "RecipeError",
     "RecordError",
     "TensorFacts",
+    "advise_loss_scale",
     "compatibility_check",
     "devices",
     "format_of",

@@ -8,6 +8,7 @@ from .copies import weights_unchanged as weights_unchanged
 from .loss_scaling import GradScaler as GradScaler
 from .loss_scaling import LossScaleOptimizer as LossScaleOptimizer
 from .loss_scaling import ScaleEvent as ScaleEvent
+from .numerics import NumericsMonitor as NumericsMonitor
 from .rewrite import GraphExplanation as GraphExplanation
 from .rewrite import autocast as autocast
 from .rewrite import (

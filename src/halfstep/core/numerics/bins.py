@@ -59,13 +59,21 @@ def exponent_of(scale: float) -> int:
     >>> exponent_of(1024)
     10
     """
-    mantissa, exponent = math.frexp(scale)
-    if mantissa != 0.5 or math.isinf(scale):
+    if not is_power_of_two(scale):
         raise LossScaleError(
             f"scale={scale!r}: it must be a power of two, which a histogram of exponents answers "
             "for exactly."
         )
-    return exponent - 1
+    return math.frexp(scale)[1] - 1
+
+
+def is_power_of_two(scale: float) -> bool:
+    """Whether a number is a power of two.
+
+    >>> is_power_of_two(0.25), is_power_of_two(1000), is_power_of_two(0)
+    (True, False, False)
+    """
+    return math.frexp(scale)[0] == 0.5
 
 
 def _border(exponent: int, ones: int) -> int:

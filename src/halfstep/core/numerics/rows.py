@@ -61,14 +61,17 @@ DIGEST = len(EXPONENT_POSITIONS) + 2 * len(FORMAT_POSITIONS)
 """The length of a digest: the exponents, the formats, and the formats at another scale."""
 
 
-def row(digest: NDArray[np.int64], shift: int = 0, scaled: bool = False) -> dict[str, Any]:
+def row(digest: NDArray[np.int64], shift: int = 0, scaling: str = "NONE") -> dict[str, Any]:
     """Return a digest as the fields of a row (:mod:`.record`).
 
     Args:
         digest: how many numbers lie below each position; shape ``(DIGEST,)``. Its last part was
-            asked at positions moved by ``shift`` exponents.
-        shift: the exponent of the scale that the numbers had; the row is of those without it.
-        scaled: whether to give the counters at that scale too.
+            asked at positions that are ``shift`` exponents higher, or lower where the numbers
+            have been divided by the scale.
+        shift: the exponent of the loss scale.
+        scaling: ``"SCALED"`` if the numbers are multiplied by it, ``"UNSCALED"`` if they have been
+            divided by it, ``"NONE"`` if it is nothing to them. The row is of the numbers without
+            the scale, with the counters at that scale beside it.
     """
     edges, borders = len(EXPONENT_POSITIONS), len(FORMAT_POSITIONS)
     below = digest[:edges]
@@ -76,16 +79,17 @@ def row(digest: NDArray[np.int64], shift: int = 0, scaled: bool = False) -> dict
     counts = np.diff(below[: _ROWS + 1])
     used = np.flatnonzero(counts)
     if used.size:
-        fields["low"] = _LOWEST - shift + int(used[0])
+        fields["low"] = _LOWEST + int(used[0]) - (shift if scaling == "SCALED" else 0)
         fields["counts"] = counts[used[0] : used[-1] + 1].tolist()
     finite = below[_ROWS]
     rest = {"zeros": below[0], "infinities": below[-2] - finite, "nans": below[-1] - below[-2]}
     fields |= {name: int(count) for name, count in rest.items() if count}
-    own = _counters(digest[edges : edges + borders], below[0], finite)
-    if not scaled:
-        return fields | own
-    fields |= _counters(digest[edges + borders :], below[0], finite)
-    return fields | ({"scaled": own} if own else {})
+    asked = [digest[edges : edges + borders], digest[edges + borders :]]
+    here, there = (_counters(each, below[0], finite) for each in asked)
+    if scaling == "NONE":
+        return fields | here
+    unscaled, scaled = (there, here) if scaling == "SCALED" else (here, there)
+    return fields | unscaled | ({"scaled": scaled} if scaled else {})
 
 
 def _counters(below: NDArray[np.int64], zeros: np.int64, finite: np.int64) -> dict[str, list[int]]:
