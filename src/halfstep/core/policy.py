@@ -293,15 +293,27 @@ class PolicyMap:
                 that match the same path and disagree.
         """
         known = dict.fromkeys(paths)
+        for key in self.unmatched(known):
+            raise PolicyError(
+                f"PolicyMap: the key {key!r} matches no layer of this model."
+                + (nearest(key, known) or f" Its layers are {_some(known)}.")
+            )
         named = {path: self._named(path, known) for path in known}
-        matched = {key for keys in named.values() for key in keys}
-        for key in self._overrides:
-            if key not in matched:
-                raise PolicyError(
-                    f"PolicyMap: the key {key!r} matches no layer of this model."
-                    + (nearest(key, known) or f" Its layers are {_some(known)}.")
-                )
         return {path: self._deepest(path, named, separator) for path in known}
+
+    def unmatched(self, paths: Iterable[str]) -> list[str]:
+        """Return the keys that name none of the paths.
+
+        >>> PolicyMap("mixed_float16", {"head": "float32"}).unmatched(["", "body"])
+        ['head']
+        """
+        known = dict.fromkeys(paths)
+        return [
+            key
+            for key in self._overrides
+            if key not in known
+            and not any(re.fullmatch(key, path) for path in known if path not in self._overrides)
+        ]
 
     def policy_at(self, path: str, separator: str = ".") -> Policy:
         """Return the policy of one path, where the other paths of the model are not known.

@@ -1,12 +1,14 @@
 """The Keras door: the mixed precision guide, on Keras 3 and all its backends.
 
-Importing it lets Keras ask halfstep for its global policy, and keep policies when it loads a model.
+Importing it lets Keras ask halfstep for its global policy and keep policies when it loads a model,
+and lets ``compile`` and ``fit`` scale the loss and say what is wrong with a model's policies.
 """
 
+from . import compiling as _compiling
 from . import fit as _fit
 from . import global_policy as _global_policy
 from . import loading as _loading
-from . import settling as _settling
+from .checks import check_model as check_model
 from .global_policy import global_policy as global_policy
 from .global_policy import policy_scope as policy_scope
 from .global_policy import set_global_policy as set_global_policy
@@ -19,5 +21,5 @@ from .policy import PolicyMap as PolicyMap
 
 _global_policy.follow()
 _loading.install()
-_settling.install()
 _fit.install()
+_compiling.install()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -59,8 +59,6 @@ def keep_when_loading(kind: type) -> None:
 def after_loading(cls: type, then: Callable[[Model, dict[str, Any]], None]) -> None:
     """Call ``then(model, config)`` after each ``cls.from_config(config)``."""
     function = cls.__dict__["from_config"].__func__
-    if hasattr(function, "__wrapped__"):
-        return
 
     @functools.wraps(function)
     def from_config(asked: type, config: dict[str, Any], custom_objects: Any = None) -> Model:
@@ -71,21 +69,55 @@ def after_loading(cls: type, then: Callable[[Model, dict[str, Any]], None]) -> N
     cls.from_config = classmethod(from_config)  # type: ignore[attr-defined]
 
 
-def before_and_after_calls(before: Callable[[Layer], None], after: Callable[[Layer], None]) -> None:
-    """Call ``before(layer)`` and ``after(layer)`` around each call of each layer."""
+def around_calls(before: Callable[[Layer], None], after: Callable[[Layer, Any], None]) -> None:
+    """Call ``before(layer)`` and ``after(layer, outputs)`` around each call of each layer."""
     call = keras.layers.Layer.__call__
-    if getattr(call, "_halfstep", False):
-        return
 
     @functools.wraps(call)
     def around(self: Layer, *args: Any, **kwargs: Any) -> Any:
         before(self)
         outputs = call(self, *args, **kwargs)
-        after(self)
+        after(self, outputs)
         return outputs
 
-    around._halfstep = True  # type: ignore[attr-defined]
     keras.layers.Layer.__call__ = around
+
+
+def after_compile(then: Callable[[Model], None]) -> None:
+    """Call ``then(model)`` after each ``model.compile(...)``."""
+    owner = next(cls for cls in keras.Model.__mro__ if "compile" in vars(cls))
+    original = owner.compile
+
+    @functools.wraps(original)
+    def compile(self: Model, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        then(self)
+
+    owner.compile = compile
+
+
+def outputs_of(model: Model) -> list[tuple[Layer, str]] | None:
+    """The layer or operation that makes each output, and its dtype; None where it is not known."""
+    if isinstance(model, keras.Sequential):
+        model = model._functional
+    if not is_functional(model):
+        return None
+    found = []
+    for tensor in model.outputs:
+        maker = tensor._keras_history.operation
+        inside = outputs_of(maker) if isinstance(maker, keras.Model) else None
+        if inside is not None:
+            found += inside
+        else:
+            # a layer's policy may have been set anew since the graph was made
+            dtype = keras.backend.standardize_dtype(tensor.dtype)
+            layer = isinstance(maker, keras.layers.Layer) and keras.backend.is_float_dtype(dtype)
+            found.append((maker, maker.compute_dtype if layer and _is_low(dtype) else dtype))
+    return found
+
+
+def _is_low(dtype: str) -> bool:
+    return dtype in ("float16", "bfloat16")
 
 
 def path_in_call(layer: Layer) -> str:
@@ -99,13 +131,15 @@ def path_in_call(layer: Layer) -> str:
 
 def path_of(layer: Layer) -> str:
     """The path of a layer; Keras itself gives none to layers without a build of their own."""
-    above = layer._parent_path
-    return str(layer.path or (f"{above}/{layer.name}" if above else layer.name))
+    # an operation that is no layer has a name alone
+    above = getattr(layer, "_parent_path", None)
+    known = getattr(layer, "path", None)
+    return str(known or (f"{above}/{layer.name}" if above else layer.name))
 
 
 def layers_of(model: Model) -> list[Layer]:
     """All layers of a model, the model itself first, each once."""
-    return list(dict.fromkeys(model._flatten_layers(include_self=True, recursive=True)))
+    return list(paths_of(model))
 
 
 def is_functional(model: Model) -> bool:
@@ -120,11 +154,32 @@ def saves_its_layers(layer: Layer) -> bool:
     return isinstance(layer, keras.Sequential) or is_functional(layer)
 
 
-def parts_of(model: Model) -> Iterator[Layer]:
-    """The layers of a model that compute: no models, no inputs."""
-    for layer in layers_of(model):
-        if not isinstance(layer, (keras.Model, keras.layers.InputLayer)):
-            yield layer
+def parts_of(model: Model) -> dict[Layer, str]:
+    """The layers of a model that compute (no models, no inputs), and their paths."""
+    return {
+        layer: path
+        for layer, path in paths_of(model).items()
+        if not isinstance(layer, (keras.Model, keras.layers.InputLayer))
+    }
+
+
+def paths_of(layer: Layer) -> dict[Layer, str]:
+    """A layer and all inside of it, with their paths.
+
+    One that Keras has given no path gets its name below that of the layer around it.
+    """
+    found = {layer: path_of(layer)}
+    waiting = [layer]
+    while waiting:
+        outer = waiting.pop()
+        for inner in outer._layers:
+            if inner not in found:
+                known = inner.path or inner._parent_path
+                below = f"{found[outer]}/{inner.name}"
+                in_graph = isinstance(outer, keras.Model) and is_functional(outer)
+                found[inner] = path_of(inner) if known or in_graph else below
+                waiting.append(inner)
+    return found
 
 
 def own_policy(layer: Layer) -> Policy:
@@ -138,8 +193,18 @@ def set_own_policy(layer: Layer, policy: Policy) -> None:
 
 
 def own_variables(layer: Layer) -> list[Any]:
-    """The variables that this very layer made, not those of the layers inside of it."""
-    return [*layer._trainable_variables, *layer._non_trainable_variables]
+    """The variables that this very layer holds, not those of the layers inside of it.
+
+    Also those that Keras does not track, as the states of a stateful RNN.
+    """
+    held = keras.tree.flatten([value for value in vars(layer).values() if _may_hold(value)])
+    tracked = [*layer._trainable_variables, *layer._non_trainable_variables]
+    variables = [value for value in (*tracked, *held) if isinstance(value, keras.Variable)]
+    return list({id(variable): variable for variable in variables}.values())
+
+
+def _may_hold(value: Any) -> bool:
+    return isinstance(value, (keras.Variable, list, tuple))
 
 
 def is_cast(variable: Any) -> bool:

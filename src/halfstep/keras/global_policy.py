@@ -91,6 +91,7 @@ class _Store:
         self._words()[setting] = value if setting.scoped else _note_default(value)
 
 
+@cache
 def follow() -> None:
     """Let Keras ask here for its global policy, from now on."""
     store = _Store()

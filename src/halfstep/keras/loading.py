@@ -6,6 +6,7 @@ global policy of the moment.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import keras
@@ -14,6 +15,7 @@ from . import _internals
 from .policy import Policy
 
 
+@cache
 def install() -> None:
     """Let Keras keep policies when it loads layers and models, from now on."""
     _internals.keep_when_loading(Policy)

@@ -224,7 +224,7 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap, _Frozen):
         by_key = {key: _as_single(policy) for key, policy in (overrides or {}).items()}
         rule = core.PolicyMap(first.rule, {key: policy.rule for key, policy in by_key.items()})
         self.__dict__.update(rule=rule, _default_policy_arg=first, _default_policy=first)
-        self.__dict__.update(_policy_map=by_key, _found={}, _from_file=False)
+        self.__dict__.update(_policy_map=by_key, _found={}, _asked={}, _from_file=False)
 
     @property
     def loss_scale(self) -> LossScale | None:
@@ -233,9 +233,15 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap, _Frozen):
         return next((scale for scale in wanting if scale is not None), None)
 
     @property
-    def paths(self) -> tuple[str, ...]:
-        """The paths of all layers that have asked this very map for their policy."""
-        return tuple(self._found)
+    def asked(self) -> dict[str, None]:
+        """The paths of all layers that were given this very map, in any model, and called."""
+        paths: dict[str, None] = self._asked
+        return paths
+
+    @property
+    def from_file(self) -> bool:
+        """Whether a file said this map; it may be about more than the model of the file."""
+        return bool(self._from_file)
 
     def __getitem__(self, path: str) -> Policy:
         """Return the policy of the layer of this path."""
@@ -249,7 +255,9 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap, _Frozen):
 
     def beginning_with(self, policy: Policy) -> Self:
         """Return this map with another default."""
-        return type(self)(policy, self._policy_map)
+        made = type(self)(policy, self._policy_map)
+        made.__dict__.update(_asked=self._asked, _from_file=self._from_file)
+        return made
 
     def __setitem__(self, path: str, policy: object) -> None:
         self._refuse(f"the policy of {path!r} cannot be set")

@@ -12,15 +12,10 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from . import _internals
-from .policy import PolicyMap
+from .policy import Policy, PolicyMap
 
 _maps: WeakKeyDictionary[Any, PolicyMap] = WeakKeyDictionary()
 _kept: WeakSet[Any] = WeakSet()
-
-
-def install() -> None:
-    """Let layers settle around their calls, from now on."""
-    _internals.before_and_after_calls(_before, _after)
 
 
 def map_of(layer: Any) -> PolicyMap | None:
@@ -29,7 +24,8 @@ def map_of(layer: Any) -> PolicyMap | None:
     return policy if isinstance(policy, PolicyMap) else _maps.get(layer)
 
 
-def _before(layer: Any) -> None:
+def before_call(layer: Any) -> None:
+    """Give a layer that has a map its policy; with the map, while it is still to be built."""
     policies = _internals.own_policy(layer)
     if type(policies) is not PolicyMap or layer in _kept:
         return
@@ -38,20 +34,27 @@ def _before(layer: Any) -> None:
         _settle(layer, policies)
     else:
         # the layers inside are made while it is built, and may be given the map from here
-        policy = policies[_internals.path_in_call(layer)]
+        policy = _ask(policies, layer)
         _internals.set_own_policy(layer, policies.beginning_with(policy))
 
 
-def _after(layer: Any) -> None:
+def after_call(layer: Any) -> None:
+    """Let a layer that was built in the call settle."""
     policies = _internals.own_policy(layer)
     if type(policies) is PolicyMap and layer.built and layer not in _kept:
         _settle(layer, policies)
 
 
+def _ask(policies: PolicyMap, layer: Any) -> Policy:
+    path = _internals.path_in_call(layer)
+    policies.asked[path] = None
+    return policies[path]
+
+
 def _settle(layer: Any, policies: PolicyMap) -> None:
-    policy = policies[_internals.path_in_call(layer)]
+    policy = _ask(policies, layer)
     if _internals.saves_its_layers(layer) or all(
-        policies[_internals.path_of(inner)] == policy for inner in _internals.layers_of(layer)[1:]
+        policies[path] == policy for path in _internals.paths_of(layer).values()
     ):
         _internals.set_own_policy(layer, policy)
     else:
