@@ -92,6 +92,8 @@ def _judge_torch(
             _check([results[place] for place in places], None if plain else inverse, checked)
             for (_, _, plain), places in buckets.items()
         ]
+        if len(flags) == 1:
+            return results, flags[0] == 0
         return results, torch.stack([flag.to(flags[0].device) for flag in flags]).sum() == 0
 
 
