@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -67,8 +68,8 @@ class _Rewriter:
                 self._take_in_float32(node)
             elif node in self.program.nodes:
                 self._operation(node, mode)
-            elif node.op == "call_function":
-                _describe(node, mode)  # a getitem of what has changed
+            elif node.target is operator.getitem:
+                _describe(node, mode)  # what it takes one of may have changed
         self.program.aten.lint()
         return self.done
 
@@ -148,7 +149,8 @@ class _Rewriter:
         """Let a sum or product read 16 bits beside a float32 tensor: the same numbers, no cast."""
         tensors = [given for given in node.args if isinstance(given, fx.Node)]
         low = [self._is_low(given) for given in tensors]
-        if name_of(node) not in PROMOTES or len(tensors) != 2 or not any(low):
+        floats = [given for given in tensors if self.program.value(given) is not None]
+        if name_of(node) not in PROMOTES or len(floats) != 2 or not any(low):
             return False
         one, other = (given.meta["val"].dim() for given in tensors)
         # a tensor without dimensions has no say in the dtype of a result that has some

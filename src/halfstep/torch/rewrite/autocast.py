@@ -285,9 +285,13 @@ def check(settings: Settings, painter: Painter, warn: bool = True) -> None:
             + (f" Not captured: {', '.join(missed)}." if missed else "")
         )
     if missed and warn:
+        recurrent = isinstance(settings.model, nn.Module) and any(
+            isinstance(module, nn.RNNBase) for module in settings.model.modules()
+        )
         warnings.warn(
             f"{settings.where}: Dynamo did not capture {', '.join(missed)}; "
-            "what it leaves out runs in float32. halfstep.torch.apply_policy needs no capture.",
+            "what it leaves out runs in float32. halfstep.torch.apply_policy needs no capture."
+            + (" torch._dynamo.config.allow_rnn = True captures RNNs." if recurrent else ""),
             PolicyWarning,
             stacklevel=2,
         )

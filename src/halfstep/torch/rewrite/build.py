@@ -155,8 +155,8 @@ def _add_operation(
     foreign = found.foreign or _foreign_result(node)
     if foreign is not None:
         kind, because = Kind.OPAQUE, f"it meets {foreign}"
-    elif found.integers and kind in (Kind.INFER, Kind.ALLOW) and name not in TAKES_INTEGERS:
-        kind, because = Kind.OPAQUE, "it computes with integers, which 16 bits may not hold"
+    elif found.integers and kind is not Kind.DENY and name not in TAKES_INTEGERS:
+        kind, because = Kind.OPAQUE, "it takes integers, which 16 bits may not hold"
     asked = kept(node)
     made = Node(name, kind, tuple(found.own), tuple(own), tuple(found.fixed), tuple(fixed), because)
     if kind is Kind.OPAQUE or asked is not None:

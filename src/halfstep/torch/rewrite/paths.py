@@ -43,6 +43,11 @@ class Paths:
             if full and argument is not None:
                 self._learn(_source(argument), full)
 
+    @property
+    def begins_at(self) -> str:
+        """The path of the module in which the graph begins; ``""`` is the root."""
+        return max(self._prefixes.values(), default="", key=len)
+
     def _learn(self, source: str, full: Iterable[str]) -> None:
         root, relative = split_root(source)
         for path in full:
