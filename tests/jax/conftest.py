@@ -6,13 +6,32 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax = pytest.importorskip("jax")
 
+import halfstep.jax  # noqa: E402
 
-@pytest.fixture
+
+@pytest.fixture(scope="session")
+def far():
+    """The relative distance of two pytrees of arrays."""
+
+    def distance(one, other) -> float:
+        one, other = (
+            np.concatenate(
+                [np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)]
+            )
+            for tree in (one, other)
+        )
+        return float(np.linalg.norm(one - other) / np.linalg.norm(other))
+
+    return distance
+
+
+@pytest.fixture(scope="session")
 def on_eight_devices():
     """Run a piece of Python in a process of its own, where JAX sees eight devices."""
 
@@ -76,3 +95,22 @@ def compiled_quickly():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def check_all_ways(far, products):
+    """Value and gradient under autocast, both ways round: near, float32, all products low."""
+
+    def check(loss, *args, count=None, rtol=0.03):
+        expected = jax.jit(jax.value_and_grad(loss))(*args)
+        inside = jax.value_and_grad(halfstep.jax.autocast(loss))
+        outside = halfstep.jax.autocast(jax.value_and_grad(loss))
+        for function in (inside, outside):
+            found = jax.jit(function)(*args)
+            assert all(leaf.dtype == jax.numpy.float32 for leaf in jax.tree.leaves(found))
+            assert 0 < far(found, expected) < rtol
+            low, every = products(function, *args)
+            assert low == every
+            assert count is None or every == count
+
+    return check

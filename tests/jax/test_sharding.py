@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 START = """
@@ -102,6 +104,25 @@ assert "bf16[" in line, line
 """
 
 
-@pytest.mark.parametrize("code", [AUTOMATIC, EXPLICIT, MAPPED], ids=["auto", "explicit", "mapped"])
-def test_on_eight_devices(on_eight_devices, code):
-    on_eight_devices(START + code)
+PARTS = {"auto": AUTOMATIC, "explicit": EXPLICIT, "mapped": MAPPED}
+
+RUN = """
+import json, traceback
+def run(code):
+    try:
+        exec(code, dict(globals()))
+    except Exception:
+        return traceback.format_exc()[-4000:]
+print(json.dumps({name: run(code) for name, code in PARTS.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def failures(on_eight_devices):
+    """What went wrong in each part; one process runs all of them."""
+    return json.loads(on_eight_devices(f"{START}\nPARTS = {PARTS!r}\n{RUN}"))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_on_eight_devices(failures, part):
+    assert failures[part] is None, failures[part]

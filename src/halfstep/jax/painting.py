@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,10 +94,11 @@ class Painter:
             internals.with_dtype(jax.typeof(array), "float32") if low else jax.typeof(array)
             for array, low in zip(arrays, low_inputs, strict=True)
         ]
-        closed = _traced_rule(function, avals)
-        program = build(closed, self.lists, low_inputs)
-        outputs = wanted(len(program.region.outs))
-        return run(self.paint(program, outputs), arrays, outputs)
+        with _naming_captures():
+            closed = internals.trace(function, avals)
+            program = build(closed, self.lists, low_inputs)
+            outputs = wanted(len(program.region.outs))
+            return run(self.paint(program, outputs), arrays, outputs)
 
 
 def run(painted: Painted, arrays: Sequence[Any], wanted: Sequence[Wanted]) -> list[Any]:
@@ -110,9 +112,10 @@ def run(painted: Painted, arrays: Sequence[Any], wanted: Sequence[Wanted]) -> li
     ]
 
 
-def _traced_rule(function: Callable[..., Any], avals: Sequence[Any]) -> internals.ClosedJaxpr:
+@contextmanager
+def _naming_captures() -> Iterator[None]:
     try:
-        return internals.trace(function, avals)
+        yield
     except jax.errors.UnexpectedTracerError as error:
         raise NotTraceableError(
             "autocast: the rule of a custom_vjp or custom_jvp function captures an array that "
