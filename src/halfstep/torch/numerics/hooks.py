@@ -64,7 +64,9 @@ class StepHooks:
 
     def _counting(self, target: Target) -> Callable[..., None]:
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            if not self.recording.open or not (module.training or torch.is_grad_enabled()):
+            if torch.compiler.is_compiling() or not self.recording.open:
+                return  # a program that is compiled now outlives this hook: nothing of it goes in
+            if not (module.training or torch.is_grad_enabled()):
                 return
             # a checkpointed forward runs again within the backward pass: counted once is enough
             again = torch._C._current_graph_task_id() != -1
@@ -85,6 +87,8 @@ class StepHooks:
         return look
 
     def _look_for_loss(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not self.recording.open:
+            return
         loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
         if isinstance(loss, Tensor) and loss.dim() == 0 and loss.is_floating_point():
             self._saw_loss(loss)
@@ -101,10 +105,12 @@ class StepHooks:
 
     # ------------------------------------------------------------------ parameters
 
-    def before_step(self, optimizer: Optimizer | None, scaled: bool) -> None:
+    def before_step(self, optimizer: Optimizer | None, scale: Tensor | None) -> None:
         """Count the weights and gradients that an optimizer is about to use."""
         own = self._take_weights(optimizer)
-        scaling = Scaling.SCALED if scaled else Scaling.UNSCALED
+        scaling = Scaling.UNSCALED if scale is None else Scaling.SCALED
+        if scale is not None:
+            self.recording.set_scale(scale)
         for parameter in own:
             self._count_gradient(parameter, parameter.grad, scaling)
 

@@ -156,6 +156,8 @@ class NumericsMonitor:
         if not self._attached:
             return
         self._attached = False
+        if error is None:
+            self._source.finish()
         self._source.detach()
         self._end_hooks()
         self._loss = None
@@ -178,13 +180,12 @@ class NumericsMonitor:
         self.detach(error)
 
     def advice(self) -> LossScaleAdvice | None:
-        """Return what the gradients of activations, as recorded so far, ask of a loss scale.
+        """Return what the gradients recorded so far ask of a loss scale (``print`` it).
 
         In float16 what was too small is a zero already: record in float32 or bfloat16 to know.
-        None before the first recorded step.
+        None where no gradient was recorded.
         """
-        merged = ExponentHistogram.merged(self.gradients.values())
-        return advise_loss_scale(merged) if merged.nonzero else None
+        return advise_loss_scale(self.gradients) if self.gradients else None
 
     def _is_mine(self) -> bool:
         return _rank() == 0 or (self._path is not None and "{rank}" in self._path)
@@ -198,7 +199,7 @@ class NumericsMonitor:
     def gradients_ready(self, optimizer: Optimizer | None, scale: Tensor | None) -> None:
         """Count the weights and gradients of a recorded step before they change."""
         if self._hooks is not None:
-            self._hooks.before_step(optimizer, scaled=scale is not None)
+            self._hooks.before_step(optimizer, scale)
 
     def step_done(self, found: Tensor | None, scale: Tensor | None) -> None:
         """End a step; ``found`` is 1.0 if it was skipped, ``scale`` the next step's."""

@@ -126,6 +126,11 @@ class Recording:
         identity = self._identify("update", path, name, share)
         self._devices[after.device].lost[identity] = lost
 
+    def set_scale(self, scale: Tensor) -> None:
+        """Take the scale from who knows it, unless it is known."""
+        if self._then is None:
+            self._then = scale.detach().clone()
+
     def scale_then(self) -> Tensor | None:
         """Return the scale of this step: a copy, since the step changes it in place."""
         if self._then is None:

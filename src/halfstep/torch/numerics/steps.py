@@ -49,7 +49,7 @@ class Steps:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._handles: list[RemovableHandle] = []
-        self._begun = False
+        self._begun: Listener | None = None
 
     def attach(self, listener: Listener) -> None:
         """Begin to tell ``listener``."""
@@ -57,9 +57,9 @@ class Steps:
         def begin(module: nn.Module, args: Any) -> None:
             if not torch.is_grad_enabled():
                 return
-            if self._begun:
+            if self._begun is not None:
                 listener.step_done(None, None)
-            self._begun = True
+            self._begun = listener
 
         self._handles.append(self._model.register_forward_pre_hook(begin))
 
@@ -69,11 +69,17 @@ class Steps:
     def ignore_gradients(self) -> None:
         """Tell no longer."""
 
+    def finish(self) -> None:
+        """End a step that only the next one would end."""
+        if self._begun is not None:
+            self._begun.step_done(None, None)
+
     def detach(self) -> None:
         """End telling; nothing of it is left."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._begun = None
 
     def scale(self) -> Tensor | None:
         """Return what the losses of this step are multiplied by, on its device; None for 1."""
@@ -88,6 +94,7 @@ class OptimizerSteps(Steps):
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._handles = []
+        self._begun = None
         self._ready: RemovableHandle | None = None
 
     def attach(self, listener: Listener) -> None:
@@ -127,6 +134,7 @@ class ScaledSteps(Steps):
 
     def __init__(self, optimizer: LossScaleOptimizer) -> None:
         self._optimizer = optimizer
+        self._begun = None
         self._observer: _Observer | None = None
 
     @property
@@ -169,6 +177,7 @@ class ScalerSteps(Steps):
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self._scaler = scaler
+        self._begun = None
 
     @property
     def rule(self) -> LossScale | None:  # type: ignore[override]
