@@ -19,9 +19,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import keras
 
 from ..core.global_policy import UNSET, Setting, current_setting, install, setting_scope
-from ..core.policy import NAMES
 from . import _internals
-from .policy import PLAIN, Policy, PolicyLike, PolicyMap, as_policy
+from .policy import NAMES, PLAIN, Policy, PolicyLike, PolicyMap, as_policy
 
 KerasPolicy: TypeAlias = Any
 """A policy of any kind, ours or of Keras itself."""

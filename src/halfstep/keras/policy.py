@@ -28,10 +28,16 @@ PLAIN = (keras.DTypePolicy, keras.dtype_policies.FloatDTypePolicy)
 """The kinds of policies of Keras that say a compute and a variable dtype, and nothing else."""
 
 
+NAMES = (*core.DTYPES, *core.MIXED)
+"""Every policy name of this door: those of the core that Keras' optimizers can follow."""
+
+
 def _rule_of(name: Any) -> core.Policy:
     """The core's policy that a name or any kind of policy stands for."""
-    if isinstance(name, (Policy, core.Policy)):
-        return name.rule if isinstance(name, Policy) else name
+    if isinstance(name, Policy):
+        return name.rule
+    if isinstance(name, core.Policy):
+        return _followed(name)
     if type(name) in PLAIN:
         name = name.name
     if not isinstance(name, str):
@@ -39,9 +45,18 @@ def _rule_of(name: Any) -> core.Policy:
             f"'name' must be a string, such as 'mixed_float16', or a policy. Received: {name!r}"
         )
     try:
-        return core.Policy(name)
+        return _followed(core.Policy(name))
     except PolicyError as error:
         raise PolicyError(f"Cannot convert {name!r} to a policy. {error}") from None
+
+
+def _followed(rule: core.Policy) -> core.Policy:
+    if rule.name not in NAMES:
+        raise PolicyError(
+            f"{rule!r} wants an optimizer that updates 16-bit variables without loss, and Keras "
+            f"has none. Allowed here are {', '.join(NAMES)}."
+        )
+    return rule
 
 
 class _Frozen(keras.dtype_policies.FloatDTypePolicy):
@@ -136,7 +151,7 @@ class Policy(_Frozen):
     def __eq__(self, other: object) -> bool:
         if type(other) in PLAIN:
             name = other.name  # type: ignore[attr-defined]
-            return name in core.NAMES and self.rule == core.Policy(name)
+            return name in NAMES and self.rule == core.Policy(name)
         return super().__eq__(other)
 
     __hash__ = _Frozen.__hash__
