@@ -24,7 +24,7 @@ class _Watch:
     def __init__(self) -> None:
         self._installed = False
         self._time = 0
-        self._seen: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._seen: WeakKeyDictionary[Optimizer, tuple[int, int]] = WeakKeyDictionary()
 
     def begin(self) -> None:
         """Look at every optimizer, again, when it steps next."""
@@ -34,13 +34,15 @@ class _Watch:
             self._installed = True
 
     def look(self, optimizer: Optimizer) -> None:
-        if self._seen.get(optimizer) == self._time:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        # one that LossScaleOptimizer lends float32 values to has others then
+        seen = self._time, id(next(parameters, None))
+        if self._seen.get(optimizer) == seen:
             return
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if update_of(parameter) != "plain":
-                    _refuse(optimizer, parameter)
-        self._seen[optimizer] = self._time
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if update_of(parameter) != "plain":
+                _refuse(optimizer, parameter)
+        self._seen[optimizer] = seen
 
 
 _watch = _Watch()
@@ -51,7 +53,7 @@ def watch_steps() -> None:
     _watch.begin()
 
 
-def refuse_bare_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def refuse_bare_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
     """The hook, before the step of any optimizer of torch's.
 
     Raises:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import nn
 
-from . import registry
+from . import masters, registry
 from .casting import cast_call, cast_nested
 from .copies import forget_entry
 from .plan import ATTRIBUTE, LayerPlan, plan_of
@@ -25,6 +25,7 @@ from .rules import LEFT_ALONE, SWITCHES
 from .running import Forward, inside, read, run, self_device
 
 _BASE = "_halfstep_base"
+_KEPT = "_halfstep_kept"
 _FSDP_INDEX = "_orig_cls_mro_index"
 # weakly on both sides: every parametrized module brings a class of its own, which knows the module
 _classes: WeakKeyDictionary[type, WeakValueDictionary[tuple[str, ...], type]] = WeakKeyDictionary()
@@ -118,8 +119,12 @@ def _reduce(base: type, reads: tuple[str, ...]) -> Callable[..., tuple[Any, ...]
         made: Any = base.__reduce_ex__(self, protocol)  # type: ignore[call-arg, arg-type]
         if len(made) < 3:
             return tuple(made)  # a class that makes a new object of itself, and no state
+        state = made[2]
+        kept = masters.by_name(self)
+        if kept and isinstance(state, dict):
+            state = {**state, _KEPT: kept}
         # (reconstruct, arguments, state, ...): same state, but the object gets our class
-        return (_rebuild, (base, reads), *made[2:])
+        return (_rebuild, (base, reads), state, *made[3:])
 
     return reduce
 
@@ -220,8 +225,12 @@ def _apply(base: type) -> Forward:
 
 def _setstate(base: type) -> Callable[[nn.Module, Any], None]:
     def setstate(self: nn.Module, state: Any) -> None:
+        state = dict(state)
+        kept = state.pop(_KEPT, {})
         base.__setstate__(self, state)  # type: ignore[attr-defined]
         register_parameters(self)  # a deep copy, or one from a file: its parameters are new
+        for name, (update, rest) in kept.items():
+            masters.adopt(self.get_parameter(name), update, rest)
 
     return setstate
 

@@ -18,14 +18,14 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.policy_names import Update
 from .casting import LOW
 from .registry import policy_of_parameter
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter)
 
 
 @dataclass
@@ -62,6 +62,24 @@ def keep(parameter: Tensor, exact: Tensor, update: Update) -> Kept:
     rest = exact if update == "master" else _cut_off(parameter, exact)
     kept = _kept[parameter] = Kept(update, rest, parameter._version)
     return kept
+
+
+def adopt(parameter: Tensor, update: Update, rest: Tensor) -> None:
+    """Keep what was kept of the parameter that this one is a copy of."""
+    _kept[parameter] = Kept(update, rest, parameter._version)
+
+
+def by_name(module: nn.Module) -> dict[str, tuple[Update, Tensor]]:
+    """Return what is kept of a module's own parameters, by their names, for a copy of it."""
+    return {
+        name: (kept.update, kept.rest)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (kept := _agreeing(parameter)) is not None
+    }
+
+
+def _agreeing(parameter: Tensor) -> Kept | None:
+    return None if _kept.get(parameter) is None else kept_of(parameter)
 
 
 def forget(parameter: Tensor) -> None:
@@ -110,9 +128,8 @@ def add_digits(parameter: Tensor, exact: Tensor) -> None:
 
 def float32_of(parameter: Tensor) -> Tensor | None:
     """Return the parameter with every digit that is kept of it; None if nothing is."""
-    if parameter.dtype not in LOW or _kept.get(parameter) is None:
-        return None
-    return _joined(parameter, kept_of(parameter))
+    kept = _agreeing(parameter) if parameter.dtype in LOW else None
+    return None if kept is None else _joined(parameter, kept)
 
 
 def exact_of(parameter: Tensor) -> Tensor:

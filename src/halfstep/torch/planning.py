@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ..core.policy import Policy, PolicyMap, Resolved
 from ..errors import PolicyError
 from .casting import FLOATS, Cast, FiniteCast, LowCast, dtype_named
-from .plan import LayerPlan
+from .plan import LayerPlan, plan_of
 from .region import Region
 from .rules import (
     FLOAT32_WHOLE,
@@ -231,10 +231,15 @@ def _region(rule: Rule, compute: torch.dtype, functional: Functional) -> Region 
 
 
 def _to_store(module: nn.Module, policy: Policy, rule: Rule) -> tuple[tuple[str, torch.dtype], ...]:
-    """The module's parameters whose dtype is not the policy's variable dtype, with theirs."""
+    """The module's parameters whose dtype is not the policy's variable dtype, with theirs.
+
+    Theirs without any policy: what one has stored by now is given back before this one is applied.
+    """
+    plan = plan_of(module)
+    before = {} if plan is None else dict(plan.stored)
     wanted = torch.float32 if rule.weights == "float32" else dtype_named(policy.variable_dtype)
     return tuple(
-        (name, parameter.dtype)
+        (name, before.get(name, parameter.dtype))
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dtype in FLOATS and parameter.dtype is not wanted
+        if parameter.dtype in FLOATS and before.get(name, parameter.dtype) is not wanted
     )

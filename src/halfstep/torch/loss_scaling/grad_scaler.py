@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...core.loss_scale import DynamicLossScale, LossScaleState
 from ...errors import LossScaleError, LossScaleExhausted
+from ..bare_steps import refuse_bare_step
 from . import checkpoint
 from .closures import Closure, evaluates_once
 from .gradients import Gradients, Verdict, blame, divide_, gather, judge, moved
@@ -483,6 +484,8 @@ class GradScaler(torch.amp.GradScaler):
                 "would be unscaled twice. Use its step(), or the inner optimizer with this scaler."
             )
         grads = gather(optimizer)
+        if grads.low:
+            refuse_bare_step(optimizer)
         refuse_foreign(optimizer, grads)
         return grads
 

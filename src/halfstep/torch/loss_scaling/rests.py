@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ...core.policy import Policy
 from ...core.policy_names import Update
 from ...errors import LossScaleError
-from ..masters import add_digits, kept_of, update_of
+from ..masters import add_digits, adopt, kept_of, update_of
 from ..registry import policy_of_parameter, register
 from .gradients import label_of
 
@@ -100,5 +100,4 @@ def from_copy(copied: Iterable[tuple[Tensor, Policy, Tensor]]) -> None:
     for parameter, policy, rest in copied:
         if policy_of_parameter(parameter) is None:
             register(parameter, policy)
-        exact = rest if policy.update == "master" else parameter.detach().float() + rest.float()
-        add_digits(parameter, exact)
+        adopt(parameter, policy.update, rest)
