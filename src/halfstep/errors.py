@@ -20,6 +20,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .core.fault import Fault
 
 
 class HalfstepError(Exception):
@@ -38,7 +42,13 @@ class LossScaleExhausted(LossScaleError):
     """The loss scale sits at its floor and the gradients are still not finite.
 
     A smaller scale cannot help: the model, the data or the learning rate makes them so.
+
+    Attributes:
+        fault: what a replay of the step found, if one was asked for
+            (:func:`halfstep.torch.blame_on_exhausted`), else None.
     """
+
+    fault: Fault | None = None
 
 
 class RecipeError(HalfstepError, ValueError):

@@ -4,6 +4,7 @@ from .apply import apply_policy as apply_policy
 from .apply import policy_of as policy_of
 from .apply import remove_policy as remove_policy
 from .blaming import blame as blame
+from .blaming import blame_on_exhausted as blame_on_exhausted
 from .copies import weights_unchanged as weights_unchanged
 from .loss_scaling import GradScaler as GradScaler
 from .loss_scaling import LossScaleOptimizer as LossScaleOptimizer

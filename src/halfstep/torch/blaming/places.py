@@ -6,17 +6,13 @@ import linecache
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HALFSTEP = os.path.dirname(os.path.dirname(os.path.dirname(__file__))) + os.sep
@@ -81,46 +77,56 @@ class Places:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {id(module): clean_path(path) for path, module in model.named_modules()}
-        self._stack: list[tuple[str, str]] = []
+        self._names = {
+            module: clean_path(path)
+            for path, module in model.named_modules()
+            # a compiled module is a wrapper, and has the path of what it wraps
+            if "_orig_mod" not in module._modules
+        }
+        self._stack: list[tuple[str, str, bool]] = []
         self._of_node: dict[int, Place] = {}
 
     @contextmanager
     def followed(self) -> Iterator[None]:
-        """Follow every module's forward inside a ``with`` block, for the whole process."""
-        handles = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
-        try:
+        """Follow the forward of each module of the model inside a ``with`` block."""
+        with ExitStack() as stack:
+            stack.callback(self._stack.clear)
+            for module in self._names:
+                entering = module.register_forward_pre_hook(self._enter, prepend=True)
+                stack.callback(entering.remove)
+                leaving = module.register_forward_hook(self._leave, always_call=True)
+                stack.callback(leaving.remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._stack.clear()
 
     def _enter(self, module: nn.Module, _: Any) -> None:
-        name = self._names.get(id(module))
-        if name is None:  # not of the model: it runs where the code that called it runs
-            self._stack.append(self._stack[-1] if self._stack else ("", ""))
-        else:
-            self._stack.append((name, type(module).__name__))
+        recomputed = _node() is not None
+        self._stack.append((self._names[module], type(module).__name__, recomputed))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack:
             self._stack.pop()
 
-    def forward(self) -> Place:
-        """Return where the operation that runs now, in a forward pass, belongs."""
-        path, kind = self._stack[-1] if self._stack else ("", "")
+    def here(self) -> tuple[Place, str]:
+        """Return where the operation that runs now belongs, and its node in a backward pass.
+
+        A forward that activation checkpointing runs again in the middle of a backward pass is one.
+        """
+        node = _node()
+        if node is None or (self._stack and self._stack[-1][2]):
+            return self._forward(), ""
+        return self._of_node.get(node._sequence_nr(), Place()), str(node.name())
+
+    def _forward(self) -> Place:
+        path, kind, _ = self._stack[-1] if self._stack else ("", "", False)
         place = Place(path, kind, *_calling_code())
         made: int = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
         self._of_node.setdefault(made, place)
         return place
 
-    def backward(self, node: Any) -> Place:
-        """Return where the forward of a node of autograd was."""
-        return self._of_node.get(node._sequence_nr(), Place())
+
+def _node() -> Any:
+    """The node of autograd that runs now in a backward pass, if any."""
+    return torch._C._current_autograd_node()
 
 
 def clean_path(path: str) -> str:

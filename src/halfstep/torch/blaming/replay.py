@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...errors import LossScaleError
+from .generators import Generators, seed_all
 from .looking import Badness, all_zero, not_finite, tensors_in
 from .places import Places, clean_path
 from .watch import Record, Watch, storage_of
@@ -191,11 +190,9 @@ def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 def _untouched(step: Step, watch: Watch) -> Iterator[None]:
     """Put everything back that the step changed: memory, buffers, gradients, generators."""
     parameters = list(step.model.parameters())
-    devices = {p.device.index or 0 for p in parameters if p.device.type == "cuda"}
-    generators = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
+        stack.callback(Generators.now(parameters).put_back)
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
         if _dynamo() is not None:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_gradients_set_aside(parameters))
@@ -204,14 +201,8 @@ def _untouched(step: Step, watch: Watch) -> Iterator[None]:
         stack.callback(torch.clear_autocast_cache)
         torch.clear_autocast_cache()  # a copy kept from a step before belongs to its graph
         if step.seed is not None:
-            torch.manual_seed(step.seed)
-            random.seed(step.seed)
-            np.random.seed(step.seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(generators[0])
-            np.random.set_state(generators[1])
+            seed_all(step.seed)
+        yield
 
 
 def _put_back(watch: Watch) -> None:

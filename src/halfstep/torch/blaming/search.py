@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ...core.fault import Fault
 from ...errors import LossScaleError
+from ..casting import LOW
 from ..plan import plan_of
 from . import trials
 from .looking import all_zero
@@ -87,7 +88,7 @@ def blame(
         if scaled is not None:
             return scaled
     if finding.record.outside or not (prove and result.watch.low):
-        return finding.fault
+        return _or_else(finding.fault)
     return _with_cure(step, finding)
 
 
@@ -157,19 +158,30 @@ def _with_cure(step: Step, finding: Finding) -> Fault:
     try:
         cured = trials.search(step, finding)
     except trials.TrialFailed:
-        return finding.fault
+        return _or_else(finding.fault)
     fault = finding.fault
     if cured is None:
         so = "the code itself asks for it" if finding.reason.rounding else "it is not rounding"
         cure = fault.cure or f"take the cast to {fault.dtype} out of this line"
         return replace(fault, cure=cure, proof=f"all of the model in float32 is no better, so {so}")
-    words = _in_words(cured, policied=plan_of(step.model) is not None)
+    words = _in_words(cured, step.model)
     return replace(
         fault,
         cause=fault.cause + ("" if finding.reason.rounding else _ROUNDED),
         cure=f"{fault.cure}; or {words}" if fault.cure else words,
         proof=f"with {_changed(cured)} everything is finite",
         layers=cured.layers,
+    )
+
+
+def _or_else(fault: Fault) -> Fault:
+    """What is left to say where nothing was replayed."""
+    if fault.cure:
+        return fault
+    low = fault.dtype in ("float16", "bfloat16")
+    where = f"run {fault.path!r} in float32" if fault.path else "compute this line in float32"
+    return replace(
+        fault, cure=where if low else "make what goes in smaller: normalise it, or clip it"
     )
 
 
@@ -185,21 +197,21 @@ def _changed(cured: trials.Cured) -> str:
     }[cured.how]
 
 
-def _in_words(cured: trials.Cured, *, policied: bool) -> str:
+def _in_words(cured: trials.Cured, model: nn.Module) -> str:
     if cured.how == "layers":
         overrides = ", ".join(f"{path!r}: 'float32'" for path in cured.layers)
-        call = (
-            f"apply_policy(model, policy, {{{overrides}}})"
-            if policied
-            else "call it under torch.autocast(device, enabled=False), with .float() inputs"
-        )
+        call = "call it under torch.autocast(device, enabled=False), with .float() inputs"
+        if any(parameter.dtype in LOW for parameter in model.parameters()):
+            call = ".float() on it, on what goes in, and back to 16 bits on what comes out"
+        if plan_of(model) is not None:
+            call = f"apply_policy(model, policy, {{{overrides}}})"
         return f"run {_quoted(cured)} in float32: {call}"
     return {
         "output": "give the loss float32: output_dtype='float32', or .float() on what the model "
         "returns",
-        "bfloat16": "bfloat16 instead of float16, for float32's range; float32 in "
-        f"{trials.MOST_LAYERS} layers is not enough",
-        "float32": f"float32; in {trials.MOST_LAYERS} layers it is not enough",
+        "bfloat16": "bfloat16 instead of float16: it has float32's range, and no few layers in "
+        "float32 are enough",
+        "float32": "float32 for all of the model: no few layers are enough",
     }[cured.how]
 
 

@@ -18,7 +18,7 @@ from ..apply import apply_policy, policy_of, remove_policy
 from ..casting import LOW, Cast, cast_call, cast_nested
 from ..plan import plan_of
 from .places import clean_path
-from .replay import Step, replay
+from .replay import Step, replay, unwrapped
 from .trace import Finding, find
 
 MOST_LAYERS = 3
@@ -112,13 +112,22 @@ def _outcome(step: Step, change: Any) -> Finding | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = copy.deepcopy(step.model)
+            model = _eager(copy.deepcopy(step.model))
             return find(replay(step.of(change(model))))
     except (RuntimeError, TypeError, ValueError, AttributeError, HalfstepError) as error:
         raise TrialFailed from error
 
 
 # ---------------------------------------------------------------------- changes to a model
+
+
+def _eager(model: nn.Module) -> nn.Module:
+    """Take ``torch.compile``'s wrappers off the modules inside: no policy reaches into them."""
+    for path, module in list(model.named_modules()):
+        inside = unwrapped(module)
+        if path and inside is not module:
+            model.set_submodule(clean_path(path), inside)
+    return model
 
 
 def everywhere(model: nn.Module) -> nn.Module:

@@ -121,6 +121,10 @@ class Watch(TorchDispatchMode):
         self._index = 0
         self._details = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in a replay; to say so would import Dynamo for seconds
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -128,8 +132,7 @@ class Watch(TorchDispatchMode):
         kind = kind_of(func)
         if kind is Kind.VIEW:
             return func(*args, **kwargs)
-        node = torch._C._current_autograd_node()
-        place = self._places.forward() if node is None else self._places.backward(node)
+        place, node = self._places.here()
         written = kind.written(func, args, kwargs)
         before = self._before(func, written, args, kwargs)
         result = func(*args, **kwargs)
@@ -205,7 +208,7 @@ class Watch(TorchDispatchMode):
         self.low = self.low or any(t.dtype in (torch.float16, torch.bfloat16) for t in outputs)
         parents = [(self._parent(tensor), tensor) for _, tensor in inputs]
         flags = [self._badness(tensor) for tensor in outputs]
-        record = Record(self._index, base_name(call.func), call.place, call.node_name)
+        record = Record(self._index, base_name(call.func), call.place, call.node)
         record.parents = tuple(parent for parent, _ in parents)
         record.bad = any(bad for bad, _ in flags)
         record.nan = any(nan for _, nan in flags)
@@ -296,12 +299,8 @@ class _Call:
     func: Any
     args: Any
     kwargs: Mapping[str, Any]
-    node: Any
+    node: str
     place: Place
-
-    @property
-    def node_name(self) -> str:
-        return "" if self.node is None else str(self.node.name())
 
     def of(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> _Call:
         return _Call(func, args, kwargs, self.node, self.place)
