@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ from .tables import Table
 ROOT = Path(__file__).resolve().parents[1]
 PRODUCTS = ("dot_general", "conv_general_dilated")
 LOW = ("bfloat16", "float16")
+# the dtype of every matrix product and convolution in XLA's optimised program
+COMPILED_PRODUCT = re.compile(r"= (f32|f16|bf16)\[[^=]* (?:dot|convolution)\(")
 STEPS = 150
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 Gradient = Callable[[Any, Any], Any]
@@ -184,6 +187,24 @@ def models() -> dict[str, dict[str, Any]]:
     return results
 
 
+def compiled_table() -> Table:
+    """What the backend makes of the products; one without 16-bit units widens their operands."""
+    rows = []
+    for name, make in MODELS.items():
+        model = make()
+        for way in (by_autocast, by_hand):
+            gradient = way(model)
+            if gradient is None:
+                continue
+            text = jax.jit(gradient).lower(model.params, model.batch).compile().as_text()
+            found = COMPILED_PRODUCT.findall(text)
+            low = sum(dtype != "f32" for dtype in found)
+            rows.append([name, way.__name__[3:], f"{low} of {len(found)}"])
+    return Table(
+        "Products in 16 bits in XLA's optimised program", ["model", "way", "products"], rows
+    )
+
+
 def train(seed: int, policy: str | None, steps: int = STEPS) -> dict[str, float]:
     """Train the scanned transformer; float16 starts from a scale that overflows."""
     from .jax_zoo import linen, tokens
@@ -269,7 +290,12 @@ def training_table(results: dict[str, list[dict[str, float]]]) -> Table:
 def main() -> None:
     """Measure, print, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.jax_autocast", description=__doc__)
-    parser.parse_args()
+    parser.add_argument(
+        "--compiled", action="store_true", help="only say what XLA makes of the products"
+    )
+    if parser.parse_args().compiled:
+        compiled_table().show()
+        return
     machine = describe("cpu") | {"jax": jax.__version__}
     print(sentence(machine))
     found = {"machine": machine, "models": models(), "training": training()}

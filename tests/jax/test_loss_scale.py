@@ -1,4 +1,4 @@
-"""Loss scaling under jit, and the faults of its predecessors, which do not happen here."""
+"""Loss scaling under jit: the state, the gradients, the optimizer."""
 
 from __future__ import annotations
 
@@ -98,67 +98,6 @@ def test_bad_values_are_refused_by_the_core():
         loss_scaled(optax.sgd(1.0), "dynamik")
     with pytest.raises(halfstep.LossScaleError, match="int32"):
         scale_loss(jnp.arange(3), FixedLossScale(2))
-
-
-# the faults of jmp, MPX and Flax
-
-
-def test_a_16_bit_initial_scale_adjusts():
-    # jmp: DynamicLossScale(jmp.half_dtype()(2**15)).adjust(...) raises TypeError
-    scale, history = run(DynamicLossScale(initial_scale=jnp.float16(2**15)), [False])
-    assert history == [2.0**14]
-    assert scale.scale.dtype == jnp.float32
-
-
-def test_the_floor_survives_jit():
-    # jmp: min_scale is not in tree_flatten, any jit resets it to 1
-    _, history = run(DynamicLossScale(initial_scale=1, min_scale=0.25), [False] * 4)
-    assert history == [0.5, 0.25, 0.25, 0.25]
-
-
-def test_gradients_are_unscaled_with_the_scale_they_were_scaled_by():
-    # MPX: on a growth step loss and gradients come out halved
-    @jax.jit
-    def step(x, scale):
-        value, grads, finite = value_and_grad(lambda x: (x**2).sum() / 2, scale)(x)
-        return value, grads, scale.update(finite)
-
-    x, scale = jnp.arange(4.0), DynamicLossScale(growth_interval=1)
-    for grown in (2**16, 2**17, 2**18):
-        value, grads, scale = step(x, scale)
-        assert scale.scale == grown
-        assert value == 7
-        np.testing.assert_array_equal(grads, x)
-
-
-def test_the_scale_of_a_bfloat16_loss_is_not_16_bit():
-    # MPX: scale() multiplies by a float16 scale even for bfloat16, so 2**17 is infinite
-    scaled = FixedLossScale(2**17).scale_loss(jnp.bfloat16(3))
-    assert (scaled.dtype, float(scaled)) == (jnp.float32, 3 * 2**17)
-
-
-def test_a_float16_loss_does_not_overflow_in_the_first_step():
-    # Flax's DynamicScale: 65536 * a float16 loss overflows, the first step is always skipped
-    @jax.jit
-    def step(x):
-        return value_and_grad(lambda x: (x.astype(jnp.float16) ** 2).mean(), DynamicLossScale())(x)
-
-    value, grads, finite = step(jnp.ones(4))
-    assert value.dtype == jnp.float16
-    assert finite
-    np.testing.assert_array_equal(grads, np.full(4, 0.5))
-
-
-def test_growth_comes_after_exactly_the_interval():
-    # Flax's DynamicScale: after growth_interval + 1 steps
-    _, history = run(DynamicLossScale(initial_scale=4, growth_interval=3), [True] * 6)
-    assert history == [4, 4, 8, 8, 8, 16]
-
-
-def test_many_bad_steps_leave_a_scale_that_works():
-    scale, _ = run(DynamicLossScale(), [False] * 200)
-    assert scale.scale == 1
-    assert np.isfinite(float(scale.unscale(jnp.ones(()))))
 
 
 # value_and_grad
