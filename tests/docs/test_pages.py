@@ -12,6 +12,8 @@ import doctest
 import io
 import re
 import shlex
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +80,13 @@ def as_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @pytest.mark.usefixtures("as_a_reader")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page: Path) -> None:
-    namespace: dict[str, Any] = {"__name__": "__main__"}
+def test_the_code_of_a_page_runs_and_prints_what_the_page_says(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what looks a function's module up by its name (Dynamo, pickle) finds the page
+    script = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    namespace = script.__dict__
     printed = ""
     for block in blocks(page):
         if block.reason is not None:
