@@ -33,6 +33,14 @@ COMMANDS = {
         "halfstep.cli.explain:explain",
         "Say what a policy does to a model, operation by operation, and why.",
     ),
+    "audit": Entry(
+        "halfstep.cli.audit:audit",
+        "Say what could go wrong with a model under a policy, or be better.",
+    ),
+    "tune": Entry(
+        "halfstep.cli.tune:tune",
+        "Find the layers that must stay out of 16 bits, and write the policy.",
+    ),
 }
 """Every command by name."""
 

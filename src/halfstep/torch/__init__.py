@@ -3,6 +3,7 @@
 from .apply import apply_policy as apply_policy
 from .apply import policy_of as policy_of
 from .apply import remove_policy as remove_policy
+from .auditing import audit as audit
 from .blaming import blame as blame
 from .blaming import blame_on_exhausted as blame_on_exhausted
 from .copies import weights_unchanged as weights_unchanged
@@ -19,3 +20,4 @@ from .rewrite import explain as explain
 from .summary import PolicySummary as PolicySummary
 from .summary import SummaryRow as SummaryRow
 from .summary import policy_summary as policy_summary
+from .tuning import tune as tune

@@ -58,7 +58,8 @@ def _weight_of(facts: Facts, cast: OwnCast) -> Severity:
 
 
 def _does(facts: Facts, cast: OwnCast) -> str:
-    times = f"{cast.times} times a batch" if cast.times > 1 else "once a batch"
+    unit = "operations" if cast.before == cast.after else "times"
+    times = f"{cast.times} {unit} a batch" if cast.times > 1 else "once a batch"
     where = f" ({cast.where})" if cast.where else ""
     if cast.before == cast.after:
         said = f"{cast.kind} runs with {cast.call}, {times}{where}"

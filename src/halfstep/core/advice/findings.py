@@ -96,7 +96,8 @@ class Report:
         # what is said alike of many places, of every block of a transformer, is said once
         alike: dict[tuple[str, ...], list[Finding]] = {}
         for finding in self.findings:
-            key = (finding.rule, finding.severity, finding.evidence, finding.suggestion)
+            said = (finding.evidence, finding.suggestion.replace(repr(finding.place), "<place>"))
+            key = (finding.rule, finding.severity, *said)
             alike.setdefault(key, []).append(finding)
         return "\n\n".join([head + quiet, *map(_block, alike.values())])
 

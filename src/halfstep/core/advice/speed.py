@@ -15,6 +15,9 @@ https://docs.nvidia.com/deeplearning/performance/."""
 MATTERS = 0.1
 """From this share of a batch's arithmetic on, a product that is not aligned is worth a warning."""
 
+WORTH = 2**20
+"""Bytes that a batch must keep before its memory is worth a word."""
+
 GROWS = 1.5
 """From this factor on it is worth saying that the batch could grow."""
 
@@ -66,7 +69,7 @@ def batch_size(facts: Facts) -> Iterator[Finding]:
     in float32 and under the policy, on the batch that was given.
     """
     memory = facts.memory
-    if memory is None or not memory.kept_after:
+    if memory is None or not memory.kept_after or memory.kept_before < WORTH:
         return
     factor = memory.kept_before / memory.kept_after
     if factor < GROWS:
