@@ -5,7 +5,7 @@ So an infinity alone says nothing. What does is the company it keeps::
 
     the loss itself is not finite                        fault  (the scale comes after the loss)
     the scale is fixed                                   fault  (it does not fit, and will not)
-    the scale sits at its floor                          fault
+    the scale sits at its floor, or is exhausted         fault
     more than `PATIENT` steps in a row, after a step
         that was finite, though the scale fell           fault
     no step has been finite yet                          probe  (the search for the first scale)
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ..loss_scale import DynamicLossScale, FixedLossScale, LossScale
+from ..loss_scale import DynamicLossScale, FixedLossScale, LossScale, LossScaleState
 
 PATIENT = 4
 """Skipped steps in a row, beyond the rule's hysteresis, that are still no fault: a factor of 16."""
@@ -128,7 +128,8 @@ class SkipHistory:
         floor, patience = 0.0, PATIENT
         if isinstance(rule, DynamicLossScale):
             floor, patience = rule.min_scale, PATIENT + rule.hysteresis - 1
-        if outcome.scale <= floor:
+        state = LossScaleState(outcome.next_scale, 0, run.count, 0)
+        if outcome.scale <= floor or rule.exhausted(state):
             return "floor"
         if self.ever_finite and run.count > patience:
             return "persists"
