@@ -83,7 +83,12 @@ def _watching(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def float16_layers(model: Any) -> list[Any]:
     """Return the layers of a model that compute in float16, the model itself among them."""
-    return [layer for layer in _internals.layers_of(model) if layer.compute_dtype == "float16"]
+    return [
+        layer
+        for layer in _internals.layers_of(model)
+        # an input computes nothing, and has the global policy of the moment it was made or loaded
+        if layer.compute_dtype == "float16" and not isinstance(layer, keras.layers.InputLayer)
+    ]
 
 
 def scaling_optimizer(model: Any, optimizer: Any) -> Any:
