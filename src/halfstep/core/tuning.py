@@ -152,8 +152,8 @@ def _lines(tuning: Tuning) -> list[str]:
     second = tuning.runs("second seed")
     how = (
         f"{counted} of {tuning.steps} steps beside float32's on seed {tuning.seeds[0]}, "
-        f"{second} on seed {tuning.seeds[1]}; the loss may differ by {percent(tuning.tolerance)} of "
-        "float32's, and by twice its noise"
+        f"{second} on seed {tuning.seeds[1]}; the loss may differ by "
+        f"{percent(tuning.tolerance)} of float32's, and by twice its noise"
     )
     lines = [_verdict(tuning), f"({how}.)"]
     for layer in tuning.layers:
