@@ -67,14 +67,12 @@ def _watching(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def make_train_function(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        scales = isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
-        if not scales:
-            _warn_late_float16(self)
-        elif (
-            isinstance(self.optimizer, LossScaleOptimizer)
-            and keras.backend.backend() != "torch"  # which sees each step on the host
-            and not isinstance(self.train_function, WatchedFunction)
-        ):
+        if isinstance(self.train_function, (WatchedFunction, _FirstStep)):
+            return result
+        if not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            self.train_function = _FirstStep(self, self.train_function)
+        # the steps of torch are all seen on the host
+        elif isinstance(self.optimizer, LossScaleOptimizer) and keras.backend.backend() != "torch":
             self.train_function = WatchedFunction(self, self.train_function)
         return result
 
@@ -136,7 +134,9 @@ def wanted_loss_scale(model: Any, layers: list[Any]) -> LossScale | None:
         LossScaleError: layers that ask for different ones.
     """
     asking = [model] if model in layers else layers
-    scales = {_loss_scale_of(layer): layer for layer in reversed(asking)}
+    scales: dict[LossScale | None, Any] = {}
+    for layer in asking:
+        scales.setdefault(_loss_scale_of(layer), layer)
     if len(scales) > 1:
         each = "; ".join(f"{layer.path or layer.name}: {scale}" for scale, layer in scales.items())
         raise LossScaleError(
@@ -160,14 +160,28 @@ def _says_none(policy: Any) -> bool:
     return hasattr(policy, "loss_scale") and policy.name == "mixed_float16"
 
 
+class _FirstStep:
+    """A train function of a model that does not scale; looks at its layers after the first step.
+
+    Only then are those layers there that are made as the model is built.
+    """
+
+    def __init__(self, model: Any, function: Callable[..., Any]) -> None:
+        self._model = model
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Train, look, and step aside."""
+        result = self._function(*args)
+        self._model.train_function = self._function
+        _warn_late_float16(self._model)
+        return result
+
+
 def _warn_late_float16(model: Any) -> None:
     if model.optimizer is None or not model._compile_config.config.get("auto_scale_loss", True):
         return
-    late = [
-        layer
-        for layer in float16_layers(model)
-        if _loss_scale_of(layer) is not None and layer is not model
-    ]
+    late = [layer for layer in float16_layers(model) if _loss_scale_of(layer) is not None]
     if late:
         names = ", ".join(repr(layer.path or layer.name) for layer in late[:3])
         warnings.warn(
