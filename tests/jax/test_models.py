@@ -121,6 +121,22 @@ def test_a_flax_module_is_named_by_its_path(zoo):
     assert all(row.dtype == "bfloat16" for row in rows if row.flops and row.path not in high)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "count"),
+    [
+        ("nnx transformer, scanned", "params/blocks/up", 1),
+        ("equinox classifier", "params/attention", 4),
+    ],
+)
+def test_a_module_that_opens_no_scope_is_named_by_its_parameters(zoo, name, key, count):
+    model = zoo.MODELS[name]()
+    policy = PolicyMap("mixed_bfloat16", {key: "float32"})
+    rows = explain(model.loss, policy)(model.params, model.batch).rows
+    high = [row for row in rows if row.flops and row.dtype == "float32"]
+    assert len(high) == count
+    assert all(f"override {key!r}" in row.why for row in high)
+
+
 @pytest.fixture(scope="module")
 def trained(zoo):
     """Eighty steps under a policy: the last loss, and the optimizer's state."""

@@ -49,6 +49,67 @@ def test_a_policy_map_over_paths(products):
         assert products(autocast(jax.grad(lambda w: model_with_scopes(w, X).sum()), policy), W)[0]
 
 
+def layers(params, x):
+    def layer(x, weights):
+        return jnp.tanh(x @ weights["up"].T) @ weights["down"], None
+
+    x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["layers"])
+    return jax.jit(jnp.dot)(x, params["head"].astype(jnp.float32).reshape(8, 8))
+
+
+PARAMS = {"layers": {"up": WS, "down": WS}, "head": W.reshape(-1)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"params/head": "float32"}, ["bfloat16", "bfloat16", "float32"]),
+        ({"params/layers/up": "float32"}, ["float32", "bfloat16", "bfloat16"]),
+        ({"params/layers": "float32", ".*/down": "mixed_bfloat16"},
+         ["float32", "bfloat16", "bfloat16"]),
+    ],
+)  # fmt: skip
+def test_a_policy_map_over_the_paths_of_arguments(overrides, expected):
+    # no scope is opened in this model: what takes a parameter follows it, in bodies too
+    policy = PolicyMap("mixed_bfloat16", overrides)
+    rows = explain(layers, policy)(PARAMS, X).rows
+    assert [row.dtype for row in rows if row.flops] == expected
+    assert [row.path for row in rows if row.flops] == [
+        "params/layers/up", "params/layers/down", "params/head"
+    ]  # fmt: skip
+    # by name it is the same argument
+    by_name = explain(lambda **kw: layers(**kw), policy)(params=PARAMS, x=X).rows
+    assert [row.dtype for row in by_name if row.flops] == expected
+
+
+def test_an_argument_decides_before_its_scope():
+    def model(params, x):
+        with jax.named_scope("net"):
+            return (x @ params["a"]) @ params["b"]
+
+    policy = PolicyMap("mixed_bfloat16", {"net": "float32", "params/b": "mixed_bfloat16"})
+    rows = explain(model, policy)({"a": W, "b": W}, X).rows
+    assert [row.dtype for row in rows if row.flops] == ["float32", "bfloat16"]
+
+
+def test_the_rule_of_a_function_follows_what_it_takes(products):
+    product = jax.custom_vjp(lambda x, w: x @ w)
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+    policy = PolicyMap("mixed_bfloat16", {"params/a": "float32"})
+
+    def loss(params):
+        return (product(jnp.tanh(product(X, params["a"])), params["b"]) ** 2).sum()
+
+    low, every = products(jax.grad(autocast(loss, policy)), {"a": W, "b": W})
+    assert (low, every) == (3, 6)
+
+
+def test_a_path_of_arguments_that_matches_nothing_is_refused():
+    policy = PolicyMap("mixed_bfloat16", {"params/haed": "float32"})
+    with pytest.raises(halfstep.PolicyError, match=r"'params/haed'.*Did you mean 'params/head'"):
+        autocast(layers, policy)(PARAMS, X)
+
+
 def test_a_path_that_matches_nothing_is_refused():
     policy = PolicyMap("mixed_bfloat16", {"net/haed": "float32"})
     with pytest.raises(halfstep.PolicyError, match=r"'net/haed'.*Did you mean 'net/head'"):

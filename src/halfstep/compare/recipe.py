@@ -15,7 +15,21 @@ What a recipe holds (torch; this list is the interface, and the template is an e
                                        metric is a share of, and is no metric itself
 ====================================== =======================================================
 
-and, optional:
+A JAX recipe says ``FRAMEWORK = "jax"`` and holds instead:
+
+====================================== =======================================================
+``init(key) -> params``                the parameters, a pytree of float32 arrays
+``tx() -> GradientTransformation``     an optax optimizer
+``batches(epoch, seed) -> iterable``   as above, of any pytrees of arrays
+``loss(params, batch) -> Array``       the training loss, a scalar array; with a third argument
+                                       ``key`` if it draws random numbers
+``evaluate(params) -> dict``           as above; under the policy, if JAX can trace it
+``init_state(key) -> state``           optional, what the model keeps without training it. Then it
+                                       is ``loss(params, state, batch)``, which returns a pair, the
+                                       loss and the new state, and ``evaluate(params, state)``
+====================================== =======================================================
+
+and, optional, in both:
 
 ===================================== =======================================================
 ``setup(seed, device) -> str | None`` runs once, before all else; what it returns is a note that
@@ -27,8 +41,7 @@ and, optional:
                                       first are the same; 0.01. A metric with ``examples`` is judged
                                       by its binomial standard error instead
 ``TITLE``                             one line for the page; else the file's first line
-``FRAMEWORK``                         ``"torch"``; :data:`halfstep.compare.run.FRAMEWORKS` says
-                                      which ones can be trained
+``FRAMEWORK``                         ``"torch"`` (the default) or ``"jax"``
 ===================================== =======================================================
 """
 

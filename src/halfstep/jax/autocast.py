@@ -79,8 +79,9 @@ def autocast(
         fn: any function that JAX can trace, of arrays and of anything else.
         policy: ``"mixed_bfloat16"`` or ``"mixed_float16"``, or a :class:`~halfstep.PolicyMap`
             over the paths of :func:`jax.named_scope`, which for Flax linen modules are the
-            modules' own: ``PolicyMap("mixed_bfloat16", {"Net/head": "float32"})``. Inside the
-            model's code :func:`~halfstep.jax.policy_scope` does the same.
+            modules' own, ``PolicyMap("mixed_bfloat16", {"Net/head": "float32"})``, and over
+            those of the arguments, ``{"params/head": "float32"}``: what takes an argument below
+            that path. Inside the model's code :func:`~halfstep.jax.policy_scope` does the same.
         allow: primitives to run in 16 bits beside those of the list.
         deny: primitives to keep in float32; what computes with their results stays there too.
         output_dtype: the dtype of those outputs that are float32 in ``fn``; ``None`` leaves them
@@ -220,11 +221,11 @@ def _names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
 
 def _prepare(settings: _Settings, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Prepared:
     call = trace_call(settings.function, args, kwargs, settings.where)
-    program = build(call.closed, settings.lists)
+    program = build(call.closed, settings.lists, paths=call.paths)
     present = {about.equation.primitive.name for about in program.about.values()}
     OPERATIONS.check_known("autocast(allow", settings.allow, present)
     OPERATIONS.check_known("autocast(deny", settings.deny, present)
-    scopes = ScopePolicies(settings.policies, program.scopes.values())
+    scopes = ScopePolicies(settings.policies, program.places.values())
     low_dtype = scopes.low_dtype
     if low_dtype is None:
         return _Prepared(call, None, ())
@@ -289,7 +290,8 @@ def _row(painted: Painted, node: int, dtype: str) -> Row:
         why = f"{why}: {_name(painted, verdict.root)}"
     return Row(
         source=internals.user_line(about.equation),
-        path=split_scope(about.names)[0],
+        path=split_scope(about.place.names)[0]
+        or max(about.place.takes, key=lambda path: path.count("/"), default=""),
         operation=str(about.equation.primitive.name),
         shape="x".join(map(str, getattr(about.aval, "shape", ()))) or "scalar",
         dtype=dtype if painted.painting.low[node] else "float32",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from typing import Any
@@ -14,14 +14,17 @@ import numpy as np
 from ..core.paint import Graph, Kind, Node, OperationLists
 from . import _internals as internals
 from .flops import flops
-from .operations import ADDITIONS
-from .program import About, Link, Program, Region, Slot, Step
+from .operations import ADDITIONS, STILL_ARGUMENTS, kind_of
+from .program import About, Link, Place, Program, Region, Slot, Step
 
 _MOST_CHECKED = 2**22  # elements of a captured array that are looked at for misfits
 
 
 def build(
-    closed: internals.ClosedJaxpr, lists: OperationLists, low_inputs: Sequence[bool] = ()
+    closed: internals.ClosedJaxpr,
+    lists: OperationLists,
+    low_inputs: Sequence[bool] = (),
+    paths: Sequence[str] = (),
 ) -> Program:
     """Return the program of a closed jaxpr.
 
@@ -29,15 +32,17 @@ def build(
         closed: what tracing gave.
         lists: the kind of every primitive.
         low_inputs: for each input, whether it arrives in 16 bits though it was traced in float32.
+        paths: for each input, its path among the arguments of the function.
     """
     builder = _Builder(lists)
     lows = low_inputs or [False] * len(closed.jaxpr.invars)
     args = [
         builder.input(var.aval, low) for var, low in zip(closed.jaxpr.invars, lows, strict=True)
     ]
+    builder.paths.update(zip(args, paths, strict=False))
     region = builder.region(closed, args, (), args)
     return Program(
-        builder.graph, builder.slots, builder.constants, region, builder.about, builder.scopes,
+        builder.graph, builder.slots, builder.constants, region, builder.about, builder.places,
         builder.foreign_products,
     )  # fmt: skip
 
@@ -49,7 +54,8 @@ class _Builder:
         self.slots: list[Slot] = []
         self.constants: dict[int, Any] = {}
         self.about: dict[int, About] = {}
-        self.scopes: dict[int, tuple[str, ...]] = {}
+        self.places: dict[int, Place] = {}
+        self.paths: dict[int, str] = {}
         self.foreign_products: set[str] = set()
         self.trips = 1
 
@@ -108,6 +114,16 @@ class _Builder:
             )  # fmt: skip
         return Link(tuple(args), tuple(results), node)
 
+    def taken(self, args: Sequence[int]) -> tuple[str, ...]:
+        """The paths of the function's arguments among these."""
+        return tuple(dict.fromkeys(self.paths[slot] for slot in args if slot in self.paths))
+
+    def same(self, args: Iterable[int], results: Iterable[int]) -> None:
+        """What an argument of the function becomes, one by one, is that argument still."""
+        for arg, result in zip(args, results, strict=False):
+            if arg in self.paths:
+                self.paths[result] = self.paths[arg]
+
     @contextlib.contextmanager
     def repeated(self, times: int) -> Iterator[None]:
         before = self.trips
@@ -153,11 +169,13 @@ class _Builder:
 
         for equation in jaxpr.eqns:
             own = internals.name_stack(equation)
+            taken = [read(atom) for atom in equation.invars]
             call = _Call(
                 equation,
                 own if stack is None else stack + own,
                 (*names, *internals.scope_names(own)),
-                [read(atom) for atom in equation.invars],
+                taken,
+                self.taken(taken),
             )
             handler = _HANDLERS.get(equation.primitive.name, _apply)
             env.update(zip(equation.outvars, handler(self, call, steps), strict=True))
@@ -170,6 +188,11 @@ class _Call:
     stack: internals.NameStack
     names: tuple[str, ...]
     args: list[int]
+    takes: tuple[str, ...]
+
+    @property
+    def place(self) -> Place:
+        return Place(self.names, self.takes)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -177,7 +200,7 @@ class _Call:
 
     def step(self, kind: str, results: Sequence[int], **fields: Any) -> Step:
         return Step(
-            kind, self.equation, self.stack, self.names, tuple(self.args), tuple(results), **fields
+            kind, self.equation, self.stack, self.place, tuple(self.args), tuple(results), **fields
         )
 
     def outputs(self, builder: _Builder) -> list[int]:
@@ -199,7 +222,7 @@ def _apply(builder: _Builder, call: _Call, steps: list[Step]) -> list[int]:
     args, made = builder.values(call.args), builder.values(results)
     node = None
     if args or made:
-        kind, because = _kind(call.equation, builder.lists)
+        kind, because = kind_of(call.equation, builder.lists)
         follows = kind is not Kind.OPAQUE
         node = builder.graph.add(
             Node(
@@ -210,22 +233,15 @@ def _apply(builder: _Builder, call: _Call, steps: list[Step]) -> list[int]:
         )  # fmt: skip
         aval = (call.equation.outvars or call.equation.invars)[0].aval
         builder.about[node] = About(
-            call.equation, call.names, aval, flops(call.equation) * builder.trips
+            call.equation, call.place, aval, flops(call.equation) * builder.trips
         )
-        builder.scopes[node] = call.names
+        builder.places[node] = call.place
+        if name in STILL_ARGUMENTS:
+            builder.same(call.args, results)
     elif builder.lists.kind(name)[0] is Kind.ALLOW:
         builder.foreign_products.add(str(call.equation.outvars[0].aval.dtype))
     steps.append(call.step("apply", results, node=node))
     return results
-
-
-def _kind(equation: internals.Equation, lists: OperationLists) -> tuple[Kind, str]:
-    precision = equation.params.get("precision")
-    asked = precision if isinstance(precision, tuple) else (precision,)
-    for one in asked:
-        if one is not None and getattr(one, "name", str(one)) not in ("DEFAULT", "HIGH"):
-            return Kind.OPAQUE, f"precision={getattr(one, 'name', one)} asks for float32"
-    return lists.kind(equation.primitive.name)
 
 
 def _inlined(parameter: str) -> Callable[[_Builder, _Call, list[Step]], list[int]]:
@@ -267,11 +283,12 @@ class _Closed:
 def _scan(builder: _Builder, call: _Call, steps: list[Step]) -> list[int]:
     params, body = call.params, call.params["jaxpr"]
     consts, carries = params["num_consts"], params["num_carry"]
+    start, xs = call.args[consts : consts + carries], call.args[consts + carries :]
     results = call.outputs(builder)
     with builder.repeated(params["length"]):
         inside = [builder.slot(var.aval) for var in body.jaxpr.invars[consts:]]
+        builder.same(xs, inside[carries:])
         region = builder.region(body, [*call.args[:consts], *inside], call.names, inside)
-    start, xs = call.args[consts : consts + carries], call.args[consts + carries :]
     links = {
         "carry": tuple(
             builder.link("scan carry", (start[i], region.outs[i]), (inside[i], results[i]), True)
@@ -333,6 +350,7 @@ def _linked(
         body, consts = body_of(call.params), consts_of(call.params)
         with builder.repeated(times_of(call.params)):
             inside = [builder.slot(var.aval) for var in body.jaxpr.invars[consts:]]
+            builder.same(call.args[consts:], inside)
             region = builder.region(body, [*call.args[:consts], *inside], call.names, inside)
         results = call.outputs(builder)
         links = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +28,13 @@ class Call:
     Attributes:
         closed: the program, from arrays to arrays.
         arrays: the arrays among the arguments.
+        paths: the path of each, ``"params/head/kernel"``.
         output: puts the arrays of the result back among its other leaves.
     """
 
     closed: internals.ClosedJaxpr
     arrays: list[Any]
+    paths: list[str]
     output: Callable[[Sequence[Any]], Any]
 
 
@@ -43,7 +46,8 @@ def trace_call(
     Raises:
         NotTraceableError: the function needs the numbers of an array, for instance in an ``if``.
     """
-    leaves, treedef = jax.tree_util.tree_flatten((tuple(args), dict(kwargs)))
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    leaves = [leaf for _, leaf in with_paths]
     places = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
     seen: list[tuple[Any, list[Any]]] = []
 
@@ -75,4 +79,25 @@ def trace_call(
             out_tree, [next(rest) if other is None else other for other in others]
         )
 
-    return Call(closed, arrays, output)
+    names = _argument_names(function, len(args))
+    return Call(closed, arrays, [_path(names, with_paths[place][0]) for place in places], output)
+
+
+def _argument_names(function: Callable[..., Any], count: int) -> list[str]:
+    """The names of the positional arguments, or their numbers where they have none."""
+    try:
+        found = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a callable without a signature
+        found = []
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [parameter.name for parameter in found if parameter.kind in positional]
+    return [names[i] if i < len(names) else str(i) for i in range(count)]
+
+
+def _path(names: Sequence[str], keys: tuple[Any, ...]) -> str:
+    kind, argument, *rest = keys
+    # the first key tells positional arguments from those by name
+    first = names[argument.idx] if kind.idx == 0 else str(argument.key)
+    return "/".join((first, jax.tree_util.keystr(tuple(rest), simple=True, separator="/"))).rstrip(
+        "/"
+    )

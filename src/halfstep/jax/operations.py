@@ -5,7 +5,8 @@ What is on no list is opaque: it stays in float32, and nothing is concluded from
 
 from __future__ import annotations
 
-from ..core.paint import OperationLists
+from ..core.paint import Kind, OperationLists
+from ._internals import Equation
 
 _PRODUCT = "matrix units run it in 16 bits and add up in float32"
 _EXPONENTIAL = "a rounded argument is a relative error of the result"
@@ -175,3 +176,19 @@ STRUCTURE = (
 
 ADDITIONS = ("add", "sub", "add_any")
 """With a loop's carry as one argument they sum over the loop."""
+
+STILL_ARGUMENTS = (
+    "reshape", "squeeze", "transpose", "broadcast_in_dim", "slice", "dynamic_slice", "rev", "copy",
+    "convert_element_type", "sharding_constraint", "reshard", "all_gather", "pvary",
+)  # fmt: skip
+"""What these make of an argument of the function is that argument still, for a policy's paths."""
+
+
+def kind_of(equation: Equation, lists: OperationLists) -> tuple[Kind, str]:
+    """The kind of an equation and the reason; one that asks for a precision is left alone."""
+    precision = equation.params.get("precision")
+    asked = precision if isinstance(precision, tuple) else (precision,)
+    for one in asked:
+        if one is not None and getattr(one, "name", str(one)) not in ("DEFAULT", "HIGH"):
+            return Kind.OPAQUE, f"precision={getattr(one, 'name', one)} asks for float32"
+    return lists.kind(equation.primitive.name)

@@ -17,7 +17,7 @@ from .build import build
 from .custom_rules import RUN, Rule
 from .errors import NotTraceableError
 from .evaluate import Frame, Painted
-from .program import Program, Step
+from .program import Place, Program, Step
 from .scopes import split_scope
 
 Wanted = bool | None
@@ -31,18 +31,17 @@ class Painter:
     Attributes:
         lists: the kind of every primitive.
         low_dtype: the 16-bit dtype.
-        float32_reason: for the scope names around an operation, why it stays in float32, if it
-            does.
+        float32_reason: for the place of an operation, why it stays in float32, if it does.
     """
 
     lists: OperationLists
     low_dtype: str
-    float32_reason: Callable[[tuple[str, ...]], str | None]
+    float32_reason: Callable[[Place], str | None]
 
     def paint(self, program: Program, wanted: Sequence[Wanted]) -> Painted:
         """Paint a program whose outputs are wanted so."""
-        for number, names in program.scopes.items():
-            reason = self.float32_reason(names)
+        for number, place in program.places.items():
+            reason = self.float32_reason(place)
             if reason is not None:
                 program.graph.nodes[number] = _kept(program.graph.nodes[number], reason)
         for slot, low in zip(program.region.outs, wanted, strict=True):
@@ -59,16 +58,16 @@ class Painter:
             low_inputs: Sequence[bool],
             wanted: Callable[[int], Sequence[Wanted]],
         ) -> list[Any]:
-            inner = replace(self, float32_reason=self._inherited(step.names))
+            inner = replace(self, float32_reason=self._inherited(step.place))
             return inner.rewritten(function, arrays, low_inputs, wanted)
 
         return RUN[step.kind](Rule(frame, step, rewrite))
 
-    def _inherited(self, outer: tuple[str, ...]) -> Callable[[tuple[str, ...]], str | None]:
+    def _inherited(self, outer: Place) -> Callable[[Place], str | None]:
         """Rules stand where their function is called; their own scopes have no path."""
 
-        def reason(names: tuple[str, ...]) -> str | None:
-            _, marked = split_scope(names)
+        def reason(place: Place) -> str | None:
+            _, marked = split_scope(place.names)
             if marked is None:
                 return self.float32_reason(outer)
             return None if Policy(marked).is_low else f"policy_scope({marked!r})"

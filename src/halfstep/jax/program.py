@@ -16,6 +16,19 @@ from . import _internals as internals
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where an equation stands, for the policies.
+
+    Attributes:
+        names: the names of all scopes around it.
+        takes: the paths of the function's arguments that it takes, as they came or only moved.
+    """
+
+    names: tuple[str, ...]
+    takes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Slot:
     """A value of the program.
 
@@ -62,7 +75,7 @@ class Step:
         kind: how to run it: ``"apply"``, or the name of a primitive with bodies.
         equation: the equation.
         stack: the name scopes around it, within its region.
-        names: the names of all scopes around it.
+        place: where it stands.
         args, results: its slots.
         node: its node, for ``"apply"``; ``None`` when it touches no float32.
         bodies: the bodies.
@@ -72,7 +85,7 @@ class Step:
     kind: str
     equation: internals.Equation
     stack: internals.NameStack
-    names: tuple[str, ...]
+    place: Place
     args: tuple[int, ...]
     results: tuple[int, ...]
     node: int | None = None
@@ -85,7 +98,7 @@ class About:
     """What an explanation says about a node beside its colour."""
 
     equation: internals.Equation
-    names: tuple[str, ...]
+    place: Place
     aval: Any
     flops: int
 
@@ -100,7 +113,7 @@ class Program:
         constants: arrays that the function captured, by slot.
         region: the whole of it.
         about: where each node comes from; links and boundaries are not in it.
-        scopes: the scope names around each node.
+        places: where each node stands.
         foreign_products: dtypes of the matrix products that are not in float32.
     """
 
@@ -109,5 +122,5 @@ class Program:
     constants: dict[int, Any]
     region: Region
     about: dict[int, About]
-    scopes: dict[int, tuple[str, ...]]
+    places: dict[int, Place]
     foreign_products: set[str]

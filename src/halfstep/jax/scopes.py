@@ -9,6 +9,7 @@ import jax
 
 from ..core.policy import Policy, PolicyMap, as_policy
 from ..errors import PolicyError
+from .program import Place
 
 _MARK = "halfstep:"
 
@@ -75,21 +76,25 @@ def split_scope(names: Iterable[str]) -> tuple[str, str | None]:
 
 
 class ScopePolicies:
-    """The policy of every operation by the scopes around it.
+    """The policy of every operation by the scopes around it and by the arguments that it takes.
 
     Args:
         policies: the map; its paths are those of :func:`jax.named_scope`, joined by ``/``, which
-            for Flax modules are their own (``"Net/layers/Dense_0"``).
-        scopes: the scope names around every operation.
+            for Flax modules are their own (``"Net/layers/Dense_0"``), and those of the arguments
+            (``"params/layers/Dense_0/kernel"``). An operation that takes an argument follows
+            that argument's path before its scope's.
+        places: the place of every operation.
 
     Raises:
-        PolicyError: a key that matches no scope, a policy with other variables than float32, or
+        PolicyError: a key that matches no path, a policy with other variables than float32, or
             two 16-bit formats at once.
     """
 
-    def __init__(self, policies: PolicyMap, scopes: Iterable[tuple[str, ...]]) -> None:
-        self._by_scope = {names: split_scope(names) for names in dict.fromkeys(scopes)}
+    def __init__(self, policies: PolicyMap, places: Iterable[Place]) -> None:
+        distinct = dict.fromkeys(places)
+        self._by_scope = {place.names: split_scope(place.names) for place in distinct}
         paths = [path for path, _ in self._by_scope.values()]
+        paths += [path for place in distinct for path in place.takes]
         self._resolved = policies.resolve(_with_parents(paths), separator="/")
         marked = {policy for _, policy in self._by_scope.values() if policy is not None}
         named = {policies.default.name, *(p.name for p in policies.overrides.values()), *marked}
@@ -103,13 +108,15 @@ class ScopePolicies:
             )
         self.low_dtype = formats[0] if formats else None
 
-    def float32_reason(self, names: tuple[str, ...]) -> str | None:
-        """Why operations in these scopes stay in float32, or ``None`` when they need not."""
-        path, marked = self._by_scope[names]
+    def float32_reason(self, place: Place) -> str | None:
+        """Why an operation at this place stays in float32, or ``None`` when it need not."""
+        path, marked = self._by_scope[place.names]
         if marked is not None:
             return None if Policy(marked).is_low else f"policy_scope({marked!r})"
-        rule = self._resolved[path]
-        return None if rule.policy.is_low else f"policy float32, {rule.why}"
+        named = [self._resolved[taken] for taken in place.takes]
+        rules = [rule for rule in named if rule.key is not None] or [self._resolved[path]]
+        high = next((rule for rule in rules if not rule.policy.is_low), None)
+        return None if high is None else f"policy float32, {high.why}"
 
 
 def _with_parents(paths: Iterable[str]) -> list[str]:
