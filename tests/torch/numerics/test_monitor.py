@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import types
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from halfstep import ExponentHistogram, PolicyError, RecordError
+from halfstep import ExponentHistogram, NoLossScale, PolicyError, RecordError
 from halfstep.core.numerics.record import KINDS
 from halfstep.core.record import read_record
 from halfstep.torch import GradScaler, LossScaleOptimizer, NumericsMonitor, apply_policy
@@ -128,6 +129,38 @@ def test_a_scale_that_is_no_power_of_two_is_divided_out(kit):
     low = exact(plain.up.weight.grad).highest
     assert max(exponents(rows["weight_gradient", "up", "weight"])) == pytest.approx(low, abs=1)
     assert kit.read().of("numerics")[0]["scale"] == 1000.0
+
+
+def test_a_loss_scale_that_is_none_and_a_scaler_that_is_disabled(kit):
+    net = kit.net()
+    optimizer = LossScaleOptimizer(adam(net), NoLossScale())
+    with kit.monitor(net, optimizer):
+        kit.train(net, optimizer, 3)
+    assert [step["scale"] for step in kit.read().of("numerics")] == [1.0, 1.0]
+    assert kit.read().header["loss_scale"] is None
+    inner, scaler = adam(net), GradScaler("cpu", enabled=False)
+    with kit.monitor(net, scaler):
+        for _ in range(3):
+            inner.zero_grad()
+            scaler.scale(kit.loss(net)).backward()
+            scaler.step(inner)
+            scaler.update()
+    read = kit.read()
+    assert read.steps() == [1, 3]
+    assert ("update", "up", "weight") in read.rows(1)
+    pickle.dumps(scaler)  # nothing is left in it
+
+
+def test_the_optimizer_alone_under_torchs_fused_scaling(kit):
+    net, plain = kit.net(), kit.net()
+    kit.loss(plain).backward()
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    with kit.monitor(net, optimizer):
+        scaler.scale(kit.loss(net)).backward()
+        scaler.step(optimizer)
+    row = kit.read().rows(0)["weight_gradient", "up", "weight"]
+    assert exponents(row) == exact(plain.up.weight.grad).exponents
 
 
 @pytest.mark.parametrize("kind", [GradScaler, torch.amp.GradScaler])

@@ -55,10 +55,15 @@ def bins_of(tensor: Tensor) -> Tensor:
         flat = _flat(tensor)
         if flat.dtype in WHOLE:
             return _bins_of_patterns(flat)
-        raw = torch.zeros(_RAW, dtype=torch.int64, device=flat.device)
-        for chunk in torch.split(flat, _CHUNKS.get(flat.device.type, _CHUNK)):
+        first, *rest = _chunks(flat)
+        raw = _raw_bins(first)
+        for chunk in rest:
             raw += _raw_bins(chunk)
         return _ordered(raw)
+
+
+def _chunks(flat: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(flat, _CHUNKS.get(flat.device.type, _CHUNK))
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -74,8 +79,9 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _bins_of_patterns(flat: Tensor) -> Tensor:
-    counts = torch.zeros(_PATTERNS, dtype=torch.int64, device=flat.device)
-    for chunk in torch.split(flat.view(torch.int16), _CHUNKS.get(flat.device.type, _CHUNK)):
+    first, *rest = _chunks(flat.view(torch.int16))
+    counts = _counts(first.bitwise_and(0x7FFF), _PATTERNS)
+    for chunk in rest:
         counts += _counts(chunk.bitwise_and(0x7FFF), _PATTERNS)
     bins = torch.zeros(BINS, dtype=torch.int64, device=flat.device)
     return bins.index_add_(0, _bin_of_pattern(flat.dtype, flat.device), counts)

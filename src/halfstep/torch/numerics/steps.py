@@ -227,12 +227,16 @@ class ScalerSteps(Steps):
         step = self._scaler.step
 
         def tell_and_step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            state = self._scaler._per_optimizer_states[id(optimizer)]
-            scaled = state["stage"] is torch.amp.grad_scaler.OptState.READY
-            listener.gradients_ready(optimizer, self.scale() if scaled else None)
+            listener.gradients_ready(optimizer, self.scale() if self._scaled(optimizer) else None)
             return step(optimizer, *args, **kwargs)
 
         return tell_and_step
+
+    def _scaled(self, optimizer: Optimizer) -> bool:
+        if not self._scaler.is_enabled():
+            return False
+        state = self._scaler._per_optimizer_states[id(optimizer)]
+        return state["stage"] is torch.amp.grad_scaler.OptState.READY
 
     def _update_telling(self, listener: Listener) -> Callable[..., None]:
         update = self._scaler.update

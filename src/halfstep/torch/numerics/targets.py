@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -141,7 +141,7 @@ def tensors_in(output: Any, name: str = "") -> list[tuple[str, Tensor]]:
 
 
 def _entries(output: Any) -> Iterable[tuple[object, Any]]:
-    if isinstance(output, dict) or hasattr(output, "items"):
+    if isinstance(output, Mapping):
         return list(output.items())
     if isinstance(output, (list, tuple)):
         return list(enumerate(output))
