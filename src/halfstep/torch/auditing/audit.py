@@ -36,7 +36,7 @@ from ..plan import LayerPlan, plan_of
 from ..planning import Functional
 from .casts import CastWatch
 from .operations import dtype_name
-from .shadow import copied, random_numbers_kept, shadow
+from .shadow import copied, eagerly, random_numbers_kept, shadow
 from .watch import KeptBytes, Watch, made_by, path_of
 
 LossFn = Callable[[nn.Module, Any], Any]
@@ -99,6 +99,8 @@ def audit(
     check_rules(silence)
     if not isinstance(model, nn.Module):
         raise PolicyError(f"audit: the model must be an nn.Module, not {type(model)}.")
+    # a compiled model is looked at as what was compiled, which shares everything with it
+    model = getattr(model, "_orig_mod", model)
     loss_fn = loss_fn or _call
     plain, low = remove_policy(shadow(model)), shadow(model)
     has = plan_of(model)
@@ -134,7 +136,7 @@ def _kept_without(
     """
     kept = KeptBytes(model)
     try:
-        with kept.hooks(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with kept.hooks(), torch.enable_grad(), eagerly():
             loss_fn(model, copied(batch))
     except Exception as error:
         if failed is not None and failed.error == _in_a_line(error):
@@ -152,7 +154,7 @@ def _run(model: nn.Module, batch: Any, loss_fn: LossFn) -> _Run:
         stack.callback(
             model.register_forward_hook(lambda module, args, output: outputs.append(output)).remove
         )
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eagerly())
         stack.enter_context(torch.enable_grad())
         for context in (kept.hooks(), places.followed(), casts, watch):
             stack.enter_context(context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...core.numerics import ExponentHistogram, advise_loss_scale
 from ...core.numerics.histogram import FormatFit
+from ..auditing.shadow import eagerly
 from ..blaming.looking import tensors_in, values_of
 from ..blaming.operations import ALLOCATIONS, Kind, base_name, kind_of
 from ..blaming.places import Places, clean_path
@@ -81,7 +82,7 @@ class Observations:
             collector.forward[path] = collector.forward.get(path, ExponentHistogram()) + _sampled(
                 parameter
             )
-        with torch.compiler.set_stance("force_eager"), places.followed(), collector:
+        with eagerly(), places.followed(), collector:
             yield
         for mine, new in (
             (self.forward, collector.forward),
@@ -155,8 +156,3 @@ def _by_layer(
         if name is not None:
             found[name] = found.get(name, ExponentHistogram()) + histogram
     return found
-
-
-def not_watching() -> AbstractContextManager[Any]:
-    """Stand in for :meth:`Observations.watching` on the steps that nobody watches."""
-    return ExitStack()
