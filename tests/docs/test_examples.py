@@ -46,6 +46,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit() -> None:
     assert load("resume")["main"]()
 
 
+# "torchrun_fsdp2" is run by tests/torch/distributed
+
+
 def test_no_example_is_left_out_here() -> None:
     here = Path(__file__).read_text(encoding="utf-8")
     assert [path.name for path in EXAMPLES.glob("*.py") if f'"{path.stem}' not in here] == []

@@ -111,7 +111,7 @@ def _call_outermost(
     copies = copies_for(self, entry, watch)
     calls.copies, calls.devices = copies, entry.devices
     try:
-        call = _call_sharded if entry.sharded and torch.is_grad_enabled() else _call
+        call = _call_sharded if entry.sharded else _call
         result = call(forward, self, plan, args, kwargs)
     finally:
         calls.copies = None

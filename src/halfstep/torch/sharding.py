@@ -10,6 +10,7 @@ it again: by then FSDP2 has gathered the weight anew.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 MARK = "_is_fsdp_managed_module"
 """What ``fully_shard`` writes into every module whose parameters it shards (for Dynamo, too)."""
+
+_CHECKPOINT = "torch.utils.checkpoint"
 
 Pack = Callable[[torch.Tensor], Any]
 Unpack = Callable[[Any], torch.Tensor]
@@ -150,8 +153,15 @@ class Recasts:
             self._made[storage._cdata] = (reference, weight, _Looks.of(low))
         return low
 
-    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """Return the context in which copies are saved as notes."""
+    def hooks(self) -> AbstractContextManager[Any]:
+        """Return the context in which copies are saved as notes.
+
+        A checkpointed region saves nothing, and counts what passes by: forward and recomputation
+        must show it the same, whether or not the model is called from outside of it.
+        """
+        checkpointed = self._outer is not None and self._outer[0].__module__ == _CHECKPOINT
+        if checkpointed or not torch.is_grad_enabled():
+            return nullcontext()
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: torch.Tensor) -> Note | _Kept | _Outer:
