@@ -41,6 +41,10 @@ COMMANDS = {
         "halfstep.cli.tune:tune",
         "Find the layers that must stay out of 16 bits, and write the policy.",
     ),
+    "report": Entry(
+        "halfstep.cli.report:report",
+        "Write the page of what a run left behind.",
+    ),
 }
 """Every command by name."""
 

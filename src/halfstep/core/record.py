@@ -151,12 +151,17 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     except OSError as error:
         raise RecordError(f"{path}: cannot read this record: {error}.") from None
     whole, _, rest = text.rpartition("\n")
-    lines = [_parse(path, number, line) for number, line in enumerate(whole.split("\n"), 1)]
-    _check_header(path, lines[0])
+    lines = [parse_line(path, number, line) for number, line in enumerate(whole.split("\n"), 1)]
+    check_header(path, lines[0])
     return Record(lines[0], lines[1:], torn=bool(rest))
 
 
-def _parse(path: str | os.PathLike[str], number: int, line: str) -> Event:
+def parse_line(path: str | os.PathLike[str], number: int, line: str) -> Event:
+    """Return the event of one line of a record.
+
+    Raises:
+        RecordError: it is none; ``path`` and ``number`` say which.
+    """
     try:
         event = json.loads(line, object_hook=_from_plain)
     except ValueError as error:
@@ -166,7 +171,12 @@ def _parse(path: str | os.PathLike[str], number: int, line: str) -> Event:
     return event
 
 
-def _check_header(path: str | os.PathLike[str], header: Event) -> None:
+def check_header(path: str | os.PathLike[str], header: Event) -> None:
+    """Raise for a first line that is no header, or that of a newer version.
+
+    Raises:
+        RecordError: it is.
+    """
     if header["event"] != "header" or header.get("format") != FORMAT:
         raise RecordError(f"{path}, line 1: not the header of a {FORMAT} file.")
     version = header.get("version")

@@ -249,13 +249,13 @@ def _scales(recipe: RecipeResult, style: dict[str, Style]) -> Plot:
         wide=False,
         data=data,
         layout={
-            **_axes("step", "loss scale", type="log", **_powers_of_two(data)),
+            **_axes("step", "loss scale", type="log", **powers_of_two(data)),
             "showlegend": True,
         },
     )
 
 
-def _powers_of_two(data: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def powers_of_two(data: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Ticks at powers of two, at most 8 of them, one beyond the values on either side."""
     exponents = [math.log2(value) for trace in data for value in trace["y"]]
     if not exponents:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import jinja2
-import plotly
 from markupsafe import Markup
 
 from ..compare.figures import bytes_in_words, rows
 from ..compare.summary import FORMAT, VERSION, RecipeResult, Summary, summarise
 from ..core.record import read_record
 from ..errors import RecordError
+from .assembly import environment, in_script, plotly_js
 from .plots import plots, styles
 
 
@@ -62,13 +60,13 @@ def render(summary: Summary) -> str:
     _check(summary, "report.render")
     sections = [_section(recipe, place) for place, recipe in enumerate(summary["recipes"])]
     every = [plot for section in sections for plot in section["plots"]]
-    return _environment().get_template("template.html.j2").render(
+    return environment().get_template("compare.html.j2").render(
         summary=summary,
         sections=sections,
         styles=styles(list(summary["policies"])),
         machine=_machine(summary["machine"]),
-        plots_json=_in_script(every),
-        plotly_js=Markup(_plotly_js()),
+        plots_json=in_script(every),
+        plotly_js=Markup(plotly_js()),
     )  # fmt: skip
 
 
@@ -117,26 +115,3 @@ def _machine(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts.append(("System", machine["system"]))
     facts += [(name, version) for name, version in machine["versions"].items()]
     return facts
-
-
-def _in_script(value: Any) -> Markup:
-    """JSON that cannot end the script element that it stands in, whatever the strings hold."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-@cache
-def _plotly_js() -> str:
-    path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-    return path.read_text(encoding="utf-8")
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
