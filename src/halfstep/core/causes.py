@@ -316,6 +316,14 @@ def batch_reason(facts: TensorFacts) -> Reason:
     )
 
 
+def asked_for_reason(operation: str) -> Reason:
+    """Return what is to be said about an infinity that was put there and that nothing consumed."""
+    return Reason(
+        f"{operation} puts an infinity there on purpose, and no softmax or comparison consumes it",
+        "put a finite number there, or leave out of the loss what is masked",
+    )
+
+
 def parameter_reason(facts: TensorFacts) -> Reason:
     """Return what is to be said about a parameter or a buffer that is not finite."""
     return Reason(

@@ -231,6 +231,55 @@ def test_any_structure_of_outputs_and_losses():
     )
 
 
+def test_an_infinity_on_purpose_is_named_if_it_is_all_there_is():
+    embedding = nn.Embedding(5, 3, sparse=True)
+
+    found = blame(embedding, lambda model, x: model(x).sum() * float("inf"), torch.tensor([1, 2]))
+
+    assert (found.path, found.operation) == ("", "mul")
+    assert "on purpose" in found.cause
+    assert "The loss function made an infinity" in str(found)
+
+
+def test_a_scripted_layer_counts_as_what_is_around_it():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scripted = torch.jit.script(nn.Linear(2, 2))
+            self.last = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.last((self.scripted(x) * 0).log())
+
+    found = blame(Model(), lambda model, x: model(x).sum(), torch.ones(1, 2))
+
+    assert (found.path, found.operation) == ("", "log")
+    assert "The model (Model)" in str(found)
+
+
+def test_a_tensor_from_a_closure_can_be_what_is_broken(norms):
+    constant = torch.tensor([1.0, float("nan")])
+
+    found = blame(norms, lambda model, x: squares(model, x) * constant.sum(), torch.randn(8, 4))
+
+    assert found.operation == "parameter"
+    assert "tensor from outside of the model" in str(found)
+
+
+def test_one_rank_replays_a_data_parallel_model(tmp_path, norms):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
+    try:
+        parallel = nn.parallel.DistributedDataParallel(norms)
+        found = blame(parallel, lambda model, x: (model(x) * 0).log().sum(), torch.randn(8, 4))
+        assert found.operation == "log"
+        squares(parallel, torch.randn(8, 4)).backward()
+        assert norms[0].weight.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_buffers_are_part_of_the_step(norms):
     def loss_fn(model, batch):
         return model[:2](batch * 1e25).sigmoid().mean()
@@ -288,6 +337,31 @@ def test_the_largest_loss_scale_that_works_is_found_by_replay(fault_named):
 
     assert blame(model, fault.loss_fn, fault.batch(0), loss_scale=largest) is None
     assert blame(model, fault.loss_fn, fault.batch(0), loss_scale=2 * largest) is not None
+
+
+def test_between_unscaling_and_the_step_it_may_be_asked(norms):
+    optimizer = LossScaleOptimizer(torch.optim.SGD(norms.parameters(), lr=0.1), 8.0)
+    batch = torch.randn(8, 4)
+    optimizer.backward(squares(norms, batch))
+    optimizer.unscale_()
+    before = [parameter.grad.clone() for parameter in norms.parameters()]
+
+    assert blame(norms, squares, batch, optimizer=optimizer) is None
+    assert all(torch.equal(p.grad, g) for p, g in zip(norms.parameters(), before, strict=True))
+    with pytest.raises(LossScaleError, match="after unscale_"):  # its guard is there again
+        squares(norms, batch).backward()
+
+
+def test_an_optimizer_that_lives_in_the_backward_pass_takes_no_step(norms):
+    sgd = torch.optim.SGD(norms.parameters(), lr=1.0, momentum=0.9)
+    norms[0].weight.register_post_accumulate_grad_hook(lambda _: sgd.step())
+    before = norms[0].weight.clone()
+
+    assert blame(norms, squares, torch.randn(8, 4)) is None
+    assert torch.equal(norms[0].weight, before)
+    assert not sgd.state
+    squares(norms, torch.randn(8, 4)).backward()
+    assert not torch.equal(norms[0].weight, before)
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan")])

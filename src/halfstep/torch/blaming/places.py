@@ -80,8 +80,9 @@ class Places:
         self._names = {
             module: clean_path(path)
             for path, module in model.named_modules()
-            # a compiled module is a wrapper, and has the path of what it wraps
-            if "_orig_mod" not in module._modules
+            # a compiled module is a wrapper, and has the path of what it wraps; a scripted one
+            # takes no hooks, so that its operations count as those of the module around it
+            if "_orig_mod" not in module._modules and not isinstance(module, torch.jit.ScriptModule)
         }
         self._stack: list[tuple[str, str, bool]] = []
         self._of_node: dict[int, Place] = {}

@@ -213,13 +213,12 @@ def _put_back(watch: Watch) -> None:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    kept = [(module, dict(module._buffers)) for module in model.modules()]
-    values = [
-        (buffer, buffer.detach().clone())
-        for _, own in kept
-        for buffer in own.values()
-        if buffer is not None
+    kept = [
+        (module, dict(module._buffers))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # which hands out copies of its dicts
     ]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
@@ -248,11 +247,18 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 
 @contextmanager
 def _gradients_set_aside(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Take gradients away, and the hooks that act on them: an optimizer's, a guard's."""
     before = [(tensor, tensor.grad) for tensor in tensors]
-    for tensor, _ in before:
+    acting = [hooks for tensor in tensors if (hooks := tensor._post_accumulate_grad_hooks)]
+    kept = [dict(hooks) for hooks in acting]
+    for tensor in tensors:
         tensor.grad = None
+    for hooks in acting:
+        hooks.clear()  # the engine reads this very dict, so it cannot be exchanged
     try:
         yield
     finally:
         for tensor, grad in before:
             tensor.grad = grad
+        for hooks, own in zip(acting, kept, strict=True):
+            hooks.update(own)

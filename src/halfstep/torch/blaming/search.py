@@ -140,7 +140,10 @@ def _vanished(step: Step, result: Result) -> Fault | None:
         return None
     for scale in _SCALES:
         larger = step.at_scale(scale * step.loss_scale)
-        if find(replay(larger)) is None and find_vanished(replay(larger, all_zero)) is None:
+        again = replay(larger)
+        if find(again) is not None:
+            break
+        if not again.zero_gradients or find_vanished(replay(larger, all_zero)) is None:
             return replace(
                 finding.fault,
                 cure=f"a loss scale of {_power(larger.loss_scale)}: LossScaleOptimizer(optimizer), "

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ...core.causes import Evidence, Reason, batch_reason, explain, parameter_reason
+from ...core.causes import (
+    Evidence,
+    Reason,
+    asked_for_reason,
+    batch_reason,
+    explain,
+    parameter_reason,
+)
 from ...core.fault import GRADIENT, Fault
 from ...core.fault import Kind as FaultKind
 from ...core.formats import FORMATS, format_of
@@ -20,6 +27,7 @@ _MADE_FROM = 6
 _EPSILON_OPERATIONS = frozenset(
     {"add", "add_", "sub", "clamp", "clamp_", "clamp_min", "clamp_min_", "maximum", "full"}
 )
+_FROM_OUTSIDE = "A tensor from outside of the model"
 _SOFTMAX = ("softmax", "attention", "logsumexp")
 
 
@@ -138,10 +146,12 @@ def _adds_mask(detail: Detail) -> bool:
 def _described(record: Record, reached: tuple[str, ...], kind: FaultKind | None = None) -> Finding:
     if record.outside:
         return _came_in(record, reached)
+    if record.detail is None:
+        return _asked_for(record, reached)
     evidence = _evidence(record, kind)
     reason = explain(evidence)
     operation = f"{record.operation} in {record.node}" if record.node else record.operation
-    path, place = _owner(record)
+    path, place, source = _owner(record)
     fault = Fault(
         path=path,
         operation=operation,
@@ -154,29 +164,46 @@ def _described(record: Record, reached: tuple[str, ...], kind: FaultKind | None 
         limit=evidence.format.max,
         inputs=evidence.inputs,
         output=evidence.output,
+        source=source,
+        reached=reached,
+    )
+    return Finding(record, reason, fault)
+
+
+def _asked_for(record: Record, reached: tuple[str, ...]) -> Finding:
+    """An infinity that somebody put there, as in ``loss * inf``, and that nothing consumed."""
+    reason = asked_for_reason(record.operation)
+    fault = Fault(
+        path=record.place.path,
+        operation=f"{record.operation} in {record.node}" if record.node else record.operation,
+        direction="backward" if record.node else "forward",
+        kind="NaN" if record.nan else "infinity",
+        cause=reason.cause,
+        cure=reason.cure,
+        place=record.place.words,
         source=record.place.source,
         reached=reached,
     )
     return Finding(record, reason, fault)
 
 
-def _owner(record: Record) -> tuple[str, str]:
-    """The module to blame: whose operation it is, or whose weight it casts, wherever that is done.
+def _owner(record: Record) -> tuple[str, str, str]:
+    """The module, in words too, and the line: whose operation it is, or whose weight it casts.
 
     A policy casts many weights in one go, in the forward of the first layer that needs one.
     """
     parents = record.parents
     if record.operation == "_to_copy" and len(parents) == 1 and parents[0].operation == "parameter":
         path, _, name = parents[0].name.rpartition(".")
-        return path, f"{path or 'The model'} (its {name})"
-    return record.place.path, record.place.words
+        return path, f"{path or 'The model'} (its {name})", ""
+    return record.place.path, record.place.words, record.place.source
 
 
 def _came_in(record: Record, reached: tuple[str, ...]) -> Finding:
     detail = record.detail
     if detail is None:
         raise LookupError(f"no detail of {record.operation} {record.name!r}")
-    facts = detail.output
+    facts = detail.output if record.name else replace(detail.output, name=_FROM_OUTSIDE)
     is_batch = record.operation == "batch"
     reason = batch_reason(facts) if is_batch else parameter_reason(facts)
     path = "" if is_batch else record.name.rpartition(".")[0]
@@ -187,7 +214,7 @@ def _came_in(record: Record, reached: tuple[str, ...]) -> Finding:
         kind="NaN" if record.nan else "infinity",
         cause=reason.cause,
         cure=reason.cure,
-        place="The batch" if is_batch else record.name or "A tensor from outside of the model",
+        place="The batch" if is_batch else record.name or _FROM_OUTSIDE,
         inputs=(facts,),
         reached=reached,
     )
