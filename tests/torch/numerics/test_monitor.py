@@ -474,6 +474,11 @@ def test_arguments_that_do_not_fit(kit, arguments, words):
         NumericsMonitor(kit.net(), **arguments)
 
 
+def test_a_compiled_model_needs_something_that_ends_a_step(kit):
+    with pytest.raises(PolicyError, match="this model is compiled"):
+        NumericsMonitor(torch.compile(kit.net(), backend="eager"))
+
+
 def test_a_model_that_is_none():
     with pytest.raises(PolicyError, match=r"must be an nn\.Module"):
         NumericsMonitor([1, 2])

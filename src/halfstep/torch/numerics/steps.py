@@ -18,6 +18,7 @@ from ...core.loss_scale import DynamicLossScale, FixedLossScale, LossScale
 from ...core.numerics.bins import is_power_of_two
 from ...errors import PolicyError
 from ..loss_scaling import GradScaler, LossScaleOptimizer
+from .targets import is_compiled
 
 
 class Listener(Protocol):
@@ -46,10 +47,11 @@ class Steps:
     announces_gradients = False
     """Whether it tells when the gradients are ready."""
 
+    _begun: Listener | None = None
+
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._handles: list[RemovableHandle] = []
-        self._begun: Listener | None = None
 
     def attach(self, listener: Listener) -> None:
         """Begin to tell ``listener``."""
@@ -94,7 +96,6 @@ class OptimizerSteps(Steps):
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._handles = []
-        self._begun = None
         self._ready: RemovableHandle | None = None
 
     def attach(self, listener: Listener) -> None:
@@ -134,7 +135,6 @@ class ScaledSteps(Steps):
 
     def __init__(self, optimizer: LossScaleOptimizer) -> None:
         self._optimizer = optimizer
-        self._begun = None
         self._observer: _Observer | None = None
 
     @property
@@ -177,7 +177,6 @@ class ScalerSteps(Steps):
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self._scaler = scaler
-        self._begun = None
 
     @property
     def rule(self) -> LossScale | None:  # type: ignore[override]
@@ -270,9 +269,14 @@ def steps_of(model: nn.Module, optimizer: object) -> Steps:
         optimizer: None, any optimizer, or a GradScaler.
 
     Raises:
-        PolicyError: something else.
+        PolicyError: something else, or a compiled model without an optimizer.
     """
     if optimizer is None:
+        if is_compiled(model):
+            raise PolicyError(
+                "NumericsMonitor(optimizer=None): this model is compiled, and a compiled forward "
+                "does not tell when it begins. Pass the optimizer, or the GradScaler."
+            )
         return Steps(model)
     if isinstance(optimizer, torch.amp.GradScaler):
         return ScalerSteps(optimizer)
