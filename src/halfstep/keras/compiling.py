@@ -106,7 +106,8 @@ def late_layers(model: Any) -> list[Any]:
     found = []
     for layer, path in _internals.parts_of(model).items():
         taken = map_of(layer) or _internals.own_policy(layer)
-        if was_default(taken) and taken != now:
+        # two maps of Keras cannot be compared: it fails on their names
+        if was_default(taken) and taken is not now and taken != now:
             policy = now[path] if isinstance(now, PolicyMap) else now
             floating = keras.backend.is_float_dtype(layer.compute_dtype)
             if floating and policy.compute_dtype in _LOW and layer.compute_dtype not in _LOW:
