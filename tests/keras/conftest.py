@@ -154,6 +154,8 @@ def pytest_configure(config):
     # a marker of Keras' own tests, some of which run here
     config.addinivalue_line("markers", "requires_trainable_backend: Keras trains on it")
     for warning in (
+        # Keras on JAX and TensorFlow, of its own epsilons in float16
+        "ignore:overflow encountered in cast:RuntimeWarning",
         # most models here end in 16 bits; the tests about that look for the warning
         "ignore:The (softmax|last layer|output).* model:halfstep.PolicyWarning",
         # keras.Variable.numpy() under NumPy 2

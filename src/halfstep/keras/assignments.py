@@ -105,11 +105,13 @@ def _read(function: FunctionType) -> tuple[list[Target], list[str]]:
 
 
 def _definitions(cls: Any, name: str) -> Iterator[FunctionType]:
-    """Every definition of a method, down to Keras' own layer: an override may call the others."""
+    """The definition of a method, and those that it may reach by ``super()``."""
     for owner in cls.__mro__:
         function = inspect.unwrap(owner.__dict__[name]) if name in owner.__dict__ else None
         if owner not in _ENOUGH and isinstance(function, FunctionType):
             yield function
+            if "super" not in function.__code__.co_names:
+                return
 
 
 def _tree(function: FunctionType) -> ast.AST | None:

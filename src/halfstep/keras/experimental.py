@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-def set_policy(policy: _PolicyLike | None) -> None:
+def set_policy(policy: "_PolicyLike | None") -> None:
     """Set the global policy, as :func:`halfstep.keras.set_global_policy`.
 
     Args:
