@@ -98,3 +98,41 @@ def test_no_request_is_possible_whatever_is_put_into_the_page(browse, summary, s
     # without the policy the browser does ask, so that this test can fail
     browse(re.sub(r"<meta http-equiv[^>]*>", "", tempted), "--dump-dom")
     assert "/image" in asked
+
+
+def test_the_page_of_a_run_draws_its_heat_maps(browse, tmp_path):
+    from halfstep.core.record import RecordWriter
+
+    path, layers = tmp_path / "run.jsonl", [f"blocks.{place}" for place in range(300)]
+    header = {
+        "numerics": 1, "library": "torch", "halfstep": "0.1.0", "device": "cpu", "model": "Net",
+        "every": 1, "policy": None, "loss_scale": None, "formats": ["float16"],
+        "layers": [{"path": path, "class": "Linear", "policy": None, "compute_dtype": None}
+                   for path in ["", *layers]],
+    }  # fmt: skip
+    with RecordWriter(path, "numerics", **header) as record:
+        for number, name in enumerate(layers):
+            record.write(
+                {"event": "tensor", "id": number, "kind": "activation", "path": name, "name": "",
+                 "class": "Linear", "dtype": "float32", "shape": [4]}
+            )  # fmt: skip
+        for step in range(1, 41):
+            rows = [{"id": number, "count": 9, "low": number % 30 - 20, "counts": [4, 5]}
+                    for number in range(300)]  # fmt: skip
+            record.write(
+                {"event": "numerics", "step": step, "seconds": 1.0, "loss": 1.0, "scale": 1.0,
+                 "skipped": False, "rows": rows, "weight_gradients": None,
+                 "activation_gradients": None}
+            )  # fmt: skip
+    choose = (
+        "<script>const s = document.getElementById('layer'); s.value = '25';"
+        "s.dispatchEvent(new Event('change'));"
+        "document.title = 'rows ' + document.getElementById('overview').data[0].y.length"
+        " + ' low ' + document.getElementById('detail').data[0].y[0];</script>"
+    )
+    page = report.page(path).replace("</body>", choose + "</body>")
+    dom, console = browse(page, "--dump-dom", "--window-size=1200,1600")
+    assert console == []
+    assert 'data-views="1"' in dom
+    # what is chosen is what is drawn: layer 25 has exponents from -20 + 25 on
+    assert "<title>rows 300 low 5</title>" in dom

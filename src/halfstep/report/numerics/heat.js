@@ -31,6 +31,11 @@ function drawRun(run) {
     return Object.assign({ type: "heatmap", zmin: -decades - 1, zmax: 0, colorscale: colourscale(), colorbar: bar, hoverongaps: false }, more);
   }
 
+  // the largest share that a layer loses
+  function depth(layer, format) {
+    return Array.from(layer.lost[format], (_, i) => level(layer.lost[format], i) ?? -99).reduce((a, b) => Math.max(a, b), -99);
+  }
+
   let view = null, rows = [], chosen = 0;
 
   function choose() {
@@ -38,9 +43,10 @@ function drawRun(run) {
     const before = $("format").value;
     $("format").replaceChildren(...view.formats.map((name) => new Option(name, name)));
     if (view.formats.includes(before)) $("format").value = before;
-    chosen = 0;
-    const order = view.layers.map((_, i) => i);
-    $("layer").replaceChildren(...order.map((i) => new Option(view.layers[i].label + " (" + view.layers[i].title + ")", i)));
+    const format = Math.max(0, view.formats.indexOf($("format").value));
+    const lost = view.layers.map((layer) => depth(layer, format));
+    chosen = lost.indexOf(Math.max(...lost));
+    $("layer").replaceChildren(...view.layers.map((layer, i) => new Option(layer.label + " (" + layer.title + ")", i)));
     overview();
     detail();
   }
@@ -69,9 +75,9 @@ function drawRun(run) {
   function detail() {
     const layer = view.layers[chosen];
     $("layer").value = String(chosen);
-    const high = layer.exponents.length ? layer.exponents[0].length : 0;
+    const high = layer.high;
     const exponents = Array.from({ length: high }, (_, i) => layer.low + i);
-    const z = exponents.map((_, e) => layer.exponents.map((column) => level(column, e)));
+    const z = exponents.map((_, e) => view.fine.map((_, c) => level(layer.exponents, c * high + e)));
     const trace = heat({
       x: view.fine, y: exponents, z: z, text: z.map((line) => line.map(words)),
       hovertemplate: "<b>" + layer.label.replace(/</g, "&lt;") + "</b><br>step %{x}<br>2<sup>%{y}</sup>: %{text}<extra></extra>",
@@ -100,8 +106,7 @@ function drawRun(run) {
 
   // begin with what loses most: a page of nothing lost tells nothing
   function begin() {
-    const depth = (view) => Math.max(...view.layers.map((layer) => Math.max(...Array.from(layer.lost[0], (_, i) => level(layer.lost[0], i) ?? -99))));
-    const depths = run.views.map(depth);
+    const depths = run.views.map((each) => Math.max(...each.layers.map((layer) => depth(layer, 0))));
     $("kind").value = String(depths.indexOf(Math.max(...depths)));
   }
 

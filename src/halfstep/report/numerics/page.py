@@ -18,8 +18,8 @@ from .shares import LEVELS, SMALLEST, View, views
 from .tree import tree
 from .weights import slowest
 
-MOST_POINTS = 4000
-"""The most points of the curve of the loss scale; of more, those of changes and skips are kept."""
+MOST_MARKS = 4000
+"""The most skipped steps that are marked; of more it is every n-th."""
 
 
 def render_run(run: Run | str | os.PathLike[str]) -> str:
@@ -66,7 +66,8 @@ def _plain(view: View) -> dict[str, Any]:
                 "title": each.title,
                 "lost": [each.lost[name] for name in view.formats],
                 "low": each.low,
-                "exponents": each.exponents,
+                "high": len(each.exponents[0]) if each.exponents else 0,
+                "exponents": "".join(each.exponents),
             }
             for each in view.layers
         ],
@@ -95,6 +96,7 @@ def _scales(run: Run) -> Plot:
             **{event["step"]: event["scale"] for event in run.all("skip")},
         }.items()
     )
+    points = _changes(points)
     scaled = run.header["loss_scale"] is not None or any(scale != 1 for _, scale in points)
     data: list[dict[str, Any]] = []
     if scaled:
@@ -116,6 +118,15 @@ def _scales(run: Run) -> Plot:
     )  # fmt: skip
 
 
+def _changes(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The points at which a curve of steps turns, its two ends among them."""
+    return [
+        point
+        for place, point in enumerate(points)
+        if place in (0, len(points) - 1) or point[1] != points[place - 1][1]
+    ]
+
+
 def _marks(run: Run, which: str, place: int) -> dict[str, Any]:
     judged = {
         step: each["verdict"]
@@ -123,7 +134,7 @@ def _marks(run: Run, which: str, place: int) -> dict[str, Any]:
         for step in range(each["first"], each["last"] + 1)
     }
     skips = [e for e in run.all("skip") if judged.get(e["step"], e["verdict"]) == which]
-    skips = skips[:: max(1, len(skips) // MOST_POINTS)]
+    skips = skips[:: math.ceil(len(skips) / MOST_MARKS) or 1]
     return {
         "type": "scatter", "mode": "markers", "name": f"skipped: {which}",
         "x": [each["step"] for each in skips], "y": [each["scale"] for each in skips],
