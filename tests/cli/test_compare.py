@@ -87,6 +87,8 @@ def test_the_options_reach_the_run(tiny):
     [
         ([], 2, "digits-conv"),
         (["tiny.py", "--new", "x.py"], 2, "--new FILE"),
+        (["tiny.py", "--framework", "jax"], 2, "--framework is for --new"),
+        (["--new", "x.py", "--framework", "jaxx"], 2, "'jaxx' is not one of"),
         (["tiny.py", "--steps", "3", "--epochs", "3"], 2, "one of them"),
         (["tiny.py", "--steps", "0"], 2, "--steps"),
         (["digits-konv"], 2, "Did you mean 'digits-conv'"),
@@ -119,6 +121,12 @@ def test_new_writes_a_recipe_once(tiny, tmp_path):
     assert result.exit_code == 2
     assert "exists already" in result.output
     assert (tmp_path / "mine.py").read_text() == "mine"
+
+
+def test_a_new_recipe_may_be_of_another_framework(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("--new", "mine.py", "--framework", "jax").exit_code == 0
+    assert 'FRAMEWORK = "jax"' in (tmp_path / "mine.py").read_text()
 
 
 def test_a_page_that_cannot_be_made_is_said_before_the_training(tiny, monkeypatch, tmp_path):

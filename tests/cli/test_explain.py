@@ -81,6 +81,19 @@ def test_a_policy_map_comes_from_a_file(at):
     assert "Did you mean 'head'" in bad.output
 
 
+def test_an_error_in_the_recipe_is_said_with_its_line(at):
+    pytest.importorskip("jax")
+    (at / "b.py").write_text(JAX.replace("global x", "1 / 0"))
+    result = run("b.py")
+    assert result.exit_code == 2
+    assert "b.py, line 5: setup(0, 'cpu'): ZeroDivisionError" in " ".join(result.output.split())
+
+
+def test_the_table_is_all_there_is(at, caplog):
+    run("t.py")
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -143,7 +143,7 @@ def _run(
     if not console.is_terminal:
         console.width = max(console.width, 100)
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    with _quiet_checks(), Progress(console) as progress:
+    with quiet_checks(), Progress(console) as progress:
         summary = run(
             recipes, policies, settings, record=record, on_event=progress, command=command
         )
@@ -153,8 +153,8 @@ def _run(
 
 
 @contextmanager
-def _quiet_checks() -> Iterator[None]:
-    """Keep the compatibility check out of the live table: the page and the verdict say it all."""
+def quiet_checks() -> Iterator[None]:
+    """Keep the compatibility check out of the tables: the verdict, the doctor say it all."""
     logger = logging.getLogger("halfstep")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -6,6 +6,7 @@ import click
 
 from ..errors import PolicyError
 from ..recipes import BUILT_IN
+from .compare import quiet_checks
 
 _HELP = f"""Say what a policy does to a model: what runs in 16 bits, what does not, and why.
 
@@ -28,12 +29,15 @@ def explain(recipe: str, policy: str, seed: int) -> None:
     """Load the recipe, ask what trains it, and print."""
     from ..compare import load_recipe, parse_policies
     from ..compare.frameworks import framework_of
+    from ..compare.run import set_up
 
     chosen = parse_policies(policy)
     if len(chosen) != 1:
         raise PolicyError(f"--policy {policy}: one policy at a time.")
     loaded = load_recipe(recipe)
     trainer = framework_of(loaded).trainer()
-    loaded.call("setup", seed, trainer.pick_device())
+    set_up(loaded, seed, trainer.pick_device())
     (only,) = chosen.values()
-    click.echo(trainer.explain(loaded, only, seed))
+    with quiet_checks():
+        table = trainer.explain(loaded, only, seed)
+    click.echo(table)

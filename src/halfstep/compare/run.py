@@ -162,7 +162,7 @@ class _Run:
         return status, reason
 
     def _one(self, recipe: Recipe, trainer: Trainer, device: str) -> None:
-        note = _setup(recipe, self._settings.seed, device)
+        note = set_up(recipe, self._settings.seed, device)
         plan = plan_for(recipe, self._settings.steps, self._settings.epochs, self._settings.seed)
         self.emit(_recipe_event(recipe, plan, device, note))
         start = trainer.starter(recipe, device, self._settings.seed)
@@ -194,7 +194,12 @@ class _Run:
         return trainees
 
 
-def _setup(recipe: Recipe, seed: int, device: str) -> str | None:
+def set_up(recipe: Recipe, seed: int, device: str) -> str | None:
+    """Run a recipe's ``setup`` and return its note.
+
+    Raises:
+        RecipeError: it raised.
+    """
     try:
         note = recipe.call("setup", seed, device)
     except Exception as error:
