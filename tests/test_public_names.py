@@ -59,6 +59,18 @@ PUBLIC = {
         "scale_loss",
         "value_and_grad",
     },
+    "halfstep.keras": {
+        "DynamicLossScale",
+        "FixedLossScale",
+        "LossScale",
+        "LossScaleOptimizer",
+        "Policy",
+        "PolicyMap",
+        "check_model",
+        "global_policy",
+        "policy_scope",
+        "set_global_policy",
+    },
 }
 """Every public name by package; a new door is a new key."""
 
