@@ -10,7 +10,7 @@ import click
 
 from ..core.advice import RULES, SEVERITIES, Report
 from ..recipes import BUILT_IN
-from .compare import _quiet_checks as quiet_checks
+from .compare import quiet_checks
 from .from_recipe import first_batch, one_policy, torch_recipe
 from .writing import replace_file
 

@@ -11,7 +11,7 @@ import click
 
 from ..core.tracking import TOLERANCE
 from ..recipes import BUILT_IN
-from .compare import _quiet_checks as quiet_checks
+from .compare import quiet_checks
 from .from_recipe import set_up, torch_recipe
 from .writing import replace_file
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from ...core.device import Device
 from ...core.global_policy import global_policy
 from ...core.hardware import devices
 from ...core.policy import Policy, PolicyMap
-from ...errors import PolicyError
+from ...errors import PolicyError, PolicyWarning
 from ..apply import apply_policy, remove_policy
 from ..blaming.places import Places
 from ..casting import LOW
@@ -109,9 +110,12 @@ def audit(
         policy = global_policy()
     if policy is not None:
         # weights are looked at as the model has them now
-        low = apply_policy(
-            shadow(plain), policy, overrides, output_dtype=output_dtype, functional=functional
-        )
+        with warnings.catch_warnings():
+            # that float32 changes nothing is no news in an audit
+            warnings.simplefilter("ignore", PolicyWarning)
+            low = apply_policy(
+                shadow(plain), policy, overrides, output_dtype=output_dtype, functional=functional
+            )
     with random_numbers_kept(model):
         run = _run(low, batch, loss_fn)
     with random_numbers_kept(model):
