@@ -226,13 +226,15 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def zoo_table(results: Row) -> str:
     """Fault, and what blame said."""
-    return _markdown(
-        ["fault", "what is planted", "blame names", "and says"],
-        [
-            [row["fault"], row["what"], f"`{row['blame']['said']}`", row["blame"]["cause"]]
-            for row in results["faults"]
-        ],
-    )
+    rows = []
+    for row in results["faults"]:
+        place, _, operation = row["blame"]["said"].rpartition(": ")
+        named = (
+            f"`{place.partition(' (')[0]}`" if "." in place else place.partition(" (")[0].lower()
+        )
+        steps = ", ".join(f"`{part}`" for part in operation.split(" in "))
+        rows.append([row["fault"], row["what"], f"{named}: {steps}", row["blame"]["cause"]])
+    return _markdown(["fault", "what is planted", "`blame` names", "and says"], rows)
 
 
 def versus_table(results: Row) -> str:
