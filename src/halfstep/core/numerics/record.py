@@ -67,7 +67,7 @@ version of the events below under ``numerics``. All counts are whole numbers and
     ``scale``, ``error`` (the exception that ended it, in words, or None), ``advice`` (for gradients
     in float16, of all recorded steps together: :meth:`LossScaleAdvice.to_plain`, or None).
 
-Steps that a model of 300 layers records are long lines (about 0.3 MB). Each begins with
+Steps that a model of 300 layers records are long lines (about 0.4 MB). Each begins with
 ``{"event": "numerics", "step": N,`` so that a reader of a long run can choose the lines that it
 parses.
 """
