@@ -319,6 +319,29 @@ def test_what_is_the_recipes_fault_is_said_with_its_place(tiny, added, said):
     assert re.search(said, text), text
 
 
+@pytest.mark.parametrize(
+    ("signature", "given"),
+    [
+        ("params, batch", []),
+        ("params, batch, scale=2.0", []),
+        ("params, batch, rng", ["key"]),
+        ("params, batch, key=None", ["key"]),
+    ],
+)
+def test_a_key_is_given_to_a_loss_that_asks_for_one(tiny, signature, given):
+    last = signature.split(",")[-1].split("=")[0]
+    recipe = tiny(
+        f"""
+        def loss({signature}):
+            if jax.dtypes.issubdtype(getattr({last}, "dtype", np.float32), jax.dtypes.prng_key):
+                seen.append("key")
+            return jnp.square(params["a"]).mean()
+        """
+    )
+    start(recipe).step(one_batch(), 0)
+    assert recipe.module.seen == given
+
+
 def test_functions_that_do_not_fit_are_refused_when_the_recipe_is_loaded(tiny):
     with pytest.raises(RecipeError, match=r"must be callable as loss\(params, batch\)"):
         tiny("def loss(params): return None")

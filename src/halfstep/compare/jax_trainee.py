@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def functions_of(recipe: Recipe) -> Functions:
     """Return a recipe's functions as they are."""
     module = recipe.module
     stateful = hasattr(module, STATE)
-    keyed = takes(module.loss, 4 if stateful else 3)
+    keyed = _wants_key(module.loss, 3 if stateful else 2)
 
     def loss(params: Any, state: Any, batch: Any, key: Any) -> tuple[Any, Any]:
         given = (params, *((state,) if stateful else ()), batch, *((key,) if keyed else ()))
@@ -82,6 +83,14 @@ def functions_of(recipe: Recipe) -> Functions:
         return recipe.call("evaluate", params, *((state,) if stateful else ()))
 
     return Functions(loss, evaluate)
+
+
+def _wants_key(loss: Callable[..., Any], others: int) -> bool:
+    """Whether a loss takes a key: one argument more that is required, or is called so."""
+    if not takes(loss, others):
+        return True
+    names = list(inspect.signature(loss).parameters)
+    return takes(loss, others + 1) and names[others : others + 1] == ["key"]
 
 
 def _checked_loss(recipe: Recipe, loss: Any) -> jax.Array:

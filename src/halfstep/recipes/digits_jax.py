@@ -38,6 +38,7 @@ def split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return patches[train], patches[test], digits.target[train], digits.target[test]
 
 
+@jax.jit  # one compilation, not one for each shape
 def init(key: jax.Array) -> Any:
     """Normal weights with the variance of one over their inputs; the layers' are stacked."""
     shapes = {
