@@ -2,10 +2,27 @@
 
 One function a rule: it takes a layer and yields findings. What depends on the version or the
 backend of Keras is tried out on a tiny layer, so that a rule is silent where Keras was repaired.
+
+===================== ======================================================================
+rule                  what it finds
+===================== ======================================================================
+lost-update           torch: a call assigns to a variable, and the value is lost
+rounded-update        JAX, TensorFlow: a call updates a variable from its 16-bit rounding
+masked-attention      attention that gives NaN for a row that is masked as a whole
+attention-overflow    attention whose scores are not scaled down before they can overflow
+dot-overflow          a dot product of float16 inputs whose sum can overflow
+unit-normalization    norms whose squares overflow, or vanish, in float16
+normalization-range   a mean or variance that the compute dtype cannot hold
+foreign-module        a torch module whose float32 weights meet 16-bit inputs
+low-output            an output of the model in 16 bits, a softmax above all
+policy-set-late       layers made before the global policy was set
+unmatched-key         a key of a policy map that names no layer
+===================== ======================================================================
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, TypeAlias
@@ -37,21 +54,7 @@ _FLOAT32 = 'give the layer dtype="float32"'
 def check_model(model: Any) -> Report:
     """Find the layers of a model that Keras gets wrong under their policies, on this backend.
 
-    ===================== ======================================================================
-    rule                  what it finds
-    ===================== ======================================================================
-    lost-update           torch: a call assigns to a variable, and the value is lost
-    rounded-update        JAX, TensorFlow: a call updates a variable from its 16-bit rounding
-    masked-attention      attention that gives NaN for a row that is masked as a whole
-    attention-overflow    attention whose scores are not scaled down before they can overflow
-    dot-overflow          a dot product of float16 inputs whose sum can overflow
-    unit-normalization    norms whose squares overflow, or vanish, in float16
-    normalization-range   a mean or variance that the compute dtype cannot hold
-    foreign-module        a torch module whose float32 weights meet 16-bit inputs
-    low-output            an output of the model in 16 bits, a softmax above all
-    policy-set-late       layers made before the global policy was set
-    unmatched-key         a key of a policy map that names no layer
-    ===================== ======================================================================
+    The rules are named in this module's text and in the page about Keras.
 
     It reads the model and its weights' dtypes, runs no data through it, and changes nothing.
 
@@ -174,7 +177,10 @@ def unit_norm_of(dtype: str, value: float) -> bool:
 
 
 def _float32(tensor: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32")))
+    with warnings.catch_warnings():
+        # Keras on torch, under NumPy 2
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32")))
 
 
 def _unit_normalization(layer: Any, path: str) -> Iterator[Finding]:
