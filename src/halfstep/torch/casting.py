@@ -115,7 +115,12 @@ def cast_call(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Cast the positional and the keyword arguments of a call."""
     if args:
-        args = tuple([cast_nested(value, cast) for value in args])
+        args = tuple(
+            [
+                cast(value) if isinstance(value, torch.Tensor) else cast_nested(value, cast)
+                for value in args
+            ]
+        )
     if kwargs:
         kwargs = {name: cast_nested(value, cast) for name, value in kwargs.items()}
     return args, kwargs

@@ -58,6 +58,8 @@ class _CastGroup(torch.autograd.Function):
         # a weight without a gradient in this step must keep none: an optimizer would apply
         # weight decay to it
         there = [g for g in gradients if g is not None and g.layout is torch.strided]
+        if len(there) == len(gradients):
+            return (None, *cast_together(there, ctx.dtype))
         cast = dict(zip(map(id, there), cast_together(there, ctx.dtype), strict=True))
         return (None, *[None if g is None else cast.get(id(g), g) for g in gradients])
 
@@ -66,7 +68,9 @@ def cast_together(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch
     """Cast tensors of one dtype to another with one launch, differentiably, to any order."""
     if not tensors:
         return []
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if not torch.is_grad_enabled():
+        return _cast_data(tuple(tensors), dtype)
+    if any(tensor.requires_grad for tensor in tensors):
         return list(_CastGroup.apply(dtype, *tensors))  # type: ignore[no-untyped-call]
     with torch.no_grad():
         return _cast_data(tuple(tensors), dtype)
@@ -120,19 +124,25 @@ class WeightGroups:
         return []
 
 
-@dataclass(frozen=True)
 class _Copy:
     """A copy, and what its weight looked like when it was made."""
 
-    weight: torch.Tensor
-    looks: tuple[int, int]
-    low: torch.Tensor
+    __slots__ = ("any_time", "looks", "low", "weight")
+
+    def __init__(self, weight: torch.Tensor, low: torch.Tensor) -> None:
+        self.weight = weight
+        self.looks = _looks(weight)
+        self.low = low
+        # it has a graph, and can be saved for a backward pass: nothing more to ask of it
+        self.any_time = low.requires_grad and not low.is_inference()
 
     def is_fresh(self, weight: torch.Tensor) -> bool:
         """Whether the copy is still one of this weight, and can be used as things are now."""
-        low = self.low
         if self.weight is not weight or self.looks != _looks(weight):
             return False
+        if self.any_time:
+            return True
+        low = self.low
         if low.is_inference() and not torch.is_inference_mode_enabled():
             return False  # it could not be saved for a backward pass
         # one made under no_grad has no graph: used now, it would cut the weight's gradient off
@@ -203,7 +213,7 @@ class WeightCopies:
     def _remember(self, weight: torch.Tensor, dtype: torch.dtype, low: torch.Tensor) -> None:
         parameter = type(weight) is nn.Parameter
         if parameter or not self._kept:
-            self._copies[id(weight), dtype] = _Copy(weight, _looks(weight), low)
+            self._copies[id(weight), dtype] = _Copy(weight, low)
         if self._watched is not None and parameter and not transformed():
             self._watched.append((weight, low, low.data_ptr(), _sum_of_bits(low)))
 

@@ -26,7 +26,7 @@ class Region:
 
     def enter(self, devices: tuple[str, ...]) -> Saved | None:
         """Set autocast for ``devices``; return what :func:`leave` needs, or None if it was so."""
-        if all(self._holds(device) for device in devices):
+        if self._holds(devices[0]) if len(devices) == 1 else all(map(self._holds, devices)):
             return None
         saved = tuple(
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))

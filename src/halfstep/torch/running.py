@@ -23,7 +23,10 @@ Forward = Callable[..., Any]
 def read(module: nn.Module, value: Any) -> Any:
     """Return a module's tensor: in the compute dtype inside its own forward, else as it is."""
     plan = plan_of(module)
-    if value is None or plan is None or not inside(module):
+    stack = calls.stack
+    # what is called by itself, and reads its own weight, is nearly all that comes here
+    known = stack and stack[-1] is module
+    if value is None or plan is None or not (known or inside(module)):
         return value
     region = plan.region
     if region is not None and region.dtype is not None and not _autocasts(value):
@@ -100,7 +103,8 @@ def _call(forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs:
         raise
     finally:
         calls.stack.pop()
-        leave(saved)
+        if saved is not None:
+            leave(saved)
 
 
 def _call_outermost(

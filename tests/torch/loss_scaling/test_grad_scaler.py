@@ -10,6 +10,7 @@ import torch
 
 from halfstep.errors import LossScaleError, LossScaleExhausted
 from halfstep.torch import GradScaler, LossScaleOptimizer
+from halfstep.torch.loss_scaling import host
 
 INF = float("inf")
 BOTH = [torch.amp.GradScaler, GradScaler]
@@ -212,7 +213,8 @@ def test_two_devices_worth_of_flags_still_skip():
 
 
 @pytest.mark.parametrize(("fused", "reads"), [(True, 0), (False, 1)])
-def test_host_reads_are_upstreams(kit, fused, reads):
+def test_host_reads_are_upstreams(kit, fused, reads, monkeypatch):
+    monkeypatch.setattr(host, "FREE", frozenset())
     weight, optimizer = _setup(torch.optim.SGD, fused=fused)
     scaler = GradScaler("cpu")
     with kit.reads() as counter:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from halfstep.torch import LossScaleOptimizer
+from halfstep.torch.loss_scaling import host
 
 
 def _reads(kit, optimizer, net, backward, steps=3):
@@ -32,6 +33,21 @@ def _bare_reads(kit, case, fused):
     return _reads(kit, optimizer, net, lambda loss: loss.backward())
 
 
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """Take the way of an accelerator, whose memory the host does not see."""
+    monkeypatch.setattr(host, "FREE", frozenset())
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_on_a_cpu_no_optimizer_needs_a_read(kit, dense_case, max_norm):
+    if dense_case.evaluates:
+        pytest.skip("it evaluates its loss itself, and reads that")
+    bare = _bare_reads(kit, dense_case, fused=dense_case.reads == 0)
+    assert _scaled_reads(kit, dense_case, max_norm) <= bare
+
+
+@pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize("max_norm", [None, 0.1])
 def test_a_fused_step_reads_nothing_whatever_the_users_setting(kit, fused_case, max_norm):
     bare = _bare_reads(kit, fused_case, fused=True)
@@ -40,6 +56,7 @@ def test_a_fused_step_reads_nothing_whatever_the_users_setting(kit, fused_case, 
     assert extra == [1 if fused_case.name == "SGD-dampening" else 0, 0, 0]
 
 
+@pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize("max_norm", [None, 0.1])
 def test_every_other_optimizer_reads_one_flag_a_step(kit, flag_case, max_norm):
     bare = _bare_reads(kit, flag_case, fused=False)

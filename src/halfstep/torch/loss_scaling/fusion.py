@@ -7,6 +7,7 @@ that a scaled step needs no value on the host. Most optimizers are made without 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +28,18 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 Settings = dict[str, Any]
 
 
+@functools.cache
+def _unwrapped(step: Any) -> Any:
+    return inspect.unwrap(step)
+
+
 def own_step(optimizer: Optimizer) -> Any:
     """Return the function that the optimizer's class steps with.
 
     Unwrapped: torch wraps ``step`` anew in each class, when the first instance of it is made.
     """
-    return inspect.unwrap(type(optimizer).step)
+    step = type(optimizer).step
+    return inspect.unwrap(step) if torch.compiler.is_compiling() else _unwrapped(step)
 
 
 def is_sgd(optimizer: Optimizer) -> bool:

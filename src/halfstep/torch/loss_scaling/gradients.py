@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ...errors import LossScaleError
-from ..casting import LOW
+from ..casting import FLOATS, LOW
 from ..masters import update_of
+from .host import is_free, number
 
 Bucket = tuple[torch.device, torch.dtype]
 
@@ -119,6 +120,11 @@ def _refuse_low(optimizer: Optimizer, parameter: Tensor) -> None:
 
 
 def _add(found: Gradients, parameter: Tensor, grad: Tensor) -> None:
+    dtype = grad.dtype
+    as_usual = type(grad) is Tensor and dtype is parameter.dtype and dtype in FLOATS
+    if as_usual and grad.layout is torch.strided and grad.numel():
+        found.buckets.setdefault((grad.device, dtype), []).append(grad)
+        return
     if grad.dtype != parameter.dtype and found.foreign is None and update_of(parameter) == "plain":
         found.foreign = parameter
     if grad.is_sparse:
@@ -183,6 +189,19 @@ def _norms(bucket: list[Tensor], order: float) -> Tensor:
     return torch.stack(torch._foreach_norm(bucket, order, dtype=wide))
 
 
+def _seen_finite(grads: Gradients, scale: Tensor) -> bool:
+    """Whether the host sees for free that all gradients are finite; False says nothing.
+
+    By the 2-norms, which are one call for a bucket, and not finite if a gradient is not (or is
+    above 1e19, or the like).
+    """
+    buckets = grads.buckets.values()
+    if not is_free(scale) or not all(is_free(bucket[0]) for bucket in buckets):
+        return False
+    divisor = number(scale)
+    return all(math.isfinite(number(_norms(bucket, 2.0).amax()) / divisor) for bucket in buckets)
+
+
 def _largest(bucket: list[Tensor]) -> Tensor:
     """Return the largest absolute value of each tensor; NaN where there is one."""
     if bucket[0].device.type != "cpu":
@@ -234,9 +253,11 @@ def judge(grads: Gradients, scale: Tensor, max_norm: float | None, home: torch.d
         max_norm: the largest norm of the unscaled gradients, or None for no clipping.
         home: the device of the verdict.
     """
+    if max_norm is None and _seen_finite(grads, scale):
+        return Verdict(torch.zeros((), device=home), scale, None)
     order = math.inf if max_norm is None else 2.0
     norm = norm_of(grads, order, home) / scale
-    found = torch.logical_not(torch.isfinite(norm)).to(torch.float32)
+    found = (norm - norm).ne_(0).to(torch.float32)  # 0 if the norm is finite, else NaN: 1
     if max_norm is None:
         return Verdict(found, scale, norm)
     clip = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

@@ -28,8 +28,10 @@ def _trainable(optimizer: Optimizer) -> list[Tensor]:
 def is_watched(optimizer: Optimizer) -> bool:
     """Whether hooks will look at the gradients before the step; they are to see them unscaled."""
     own = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-    everywhere = torch_optimizer._global_optimizer_pre_hooks.values()
-    return bool(own) or any(hook is not refuse_bare_step for hook in everywhere)
+    everywhere = torch_optimizer._global_optimizer_pre_hooks
+    if own or not everywhere:
+        return bool(own)
+    return any(hook is not refuse_bare_step for hook in everywhere.values())
 
 
 def refuse_foreign(optimizer: Optimizer, grads: Gradients) -> None:

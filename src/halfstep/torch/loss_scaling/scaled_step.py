@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from typing import Any, Protocol
 
@@ -25,11 +25,14 @@ from .lost import LostUpdates
 from .outputs import over_tensors, scaled
 from .proxy import OptimizerProxy
 from .state import ScaleState
-from .stepping import Skip, take_step
+from .stepping import Skip, step_now, take_step
 from .wide import WideSide
 
 Flag = tuple[Tensor, Tensor | None]
 """Whether a gradient is not finite, and whether any rank has one (None: this one has)."""
+
+
+_NOTHING = nullcontext()
 
 
 class Stage(Enum):
@@ -202,7 +205,7 @@ class ScaledStep(OptimizerProxy):
             return
         for observer in self.observers:
             observer.before_step(self, self._scale_now() if self._found is None else None)
-        with self._wide.lent():
+        with self._wide.lent() if self._wide else _NOTHING:
             self._fusion.follow(grads.sparse)
         verdict = self._verdict(grads)
         found, taken = self._agree(verdict.found, bool(grads))
@@ -266,6 +269,8 @@ class ScaledStep(OptimizerProxy):
         self._end()
         for observer in self.observers:
             observer.after_step(found, packed)
+        if torch.compiler.is_compiling():
+            return  # nothing can be read there; the counts in the state go on
         for row in self._history.record(self._steps, packed):
             if self.loss_scale.exhausted(row):
                 raise LossScaleExhausted(
@@ -276,7 +281,10 @@ class ScaledStep(OptimizerProxy):
         self._found = None
         self._stage = Stage.IDLE
         self._unguard()
-        self._leftovers.note(self.inner_optimizer)
+        if torch.compiler.is_compiling():
+            self._leftovers.forget()
+        else:
+            self._leftovers.note(self.inner_optimizer)
 
     def _clip_and_step(self) -> None:
         """Clip and step without a scale."""
@@ -284,13 +292,13 @@ class ScaledStep(OptimizerProxy):
         self._wide.follow()
         if not self._wide:
             self._clip_only()
-            inner.step()
+            step_now(inner)
             return
         divisor = self._clipping()
 
         def take() -> None:
             divide_(gather(inner, allow_float16=True), divisor)
-            inner.step()
+            step_now(inner)
 
         self._wide.step(take, None)
 

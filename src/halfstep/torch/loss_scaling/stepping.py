@@ -14,6 +14,7 @@ from ...errors import LossScaleError
 from .fusion import has_fused_kernels, is_fused, is_sgd, late_momentum, unfused
 from .gradients import Gradients, divide_, moved
 from .guards import is_watched
+from .host import is_free, number
 
 
 class Skip:
@@ -30,7 +31,7 @@ class Skip:
     def on_host(self) -> bool:
         """Return it as a boolean; the first time, this waits for the device."""
         if self._known is None:
-            self._known = bool(self.found.item())
+            self._known = number(self.found) > 0
         return self._known
 
 
@@ -58,6 +59,8 @@ def take_step(
     Returns:
         What ``optimizer.step`` returned; None if it was not called.
     """
+    if is_free(skip.found) and skip.on_host():
+        return None
     if skips_on_device(optimizer, grads):
         return _on_device(optimizer, skip.found, divisor, *args, **kwargs)
     divide_(grads, divisor)
@@ -73,7 +76,7 @@ def take_step(
 
 
 def skips_on_device(optimizer: Optimizer, grads: Gradients) -> bool:
-    """Whether this step can be left out without a host read.
+    """Whether this step can be left out, and its gradients unscaled, by the optimizer's kernels.
 
     For torch's own optimizers it depends on their groups and on these gradients. One from
     elsewhere says so by ``_step_supports_amp_scaling``, unless it wants the scaler itself as an
@@ -98,15 +101,16 @@ def _on_device(
         divisor = divisor * own
     slots: Any = optimizer
     slots.grad_scale = own if divisor is None else divisor
-    slots.found_inf = found
+    # torch's own kernels need not look at a flag that is known to be 0
+    slots.found_inf = None if is_free(found) and has_fused_kernels(optimizer) else found
     try:
-        return _call(optimizer, *args, **kwargs)
+        return step_now(optimizer, *args, **kwargs)
     finally:
         del slots.grad_scale
         del slots.found_inf
 
 
-def _call(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+def step_now(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
     """Call ``optimizer.step``; inside ``torch.compile`` the function in the middle of it.
 
     What stands around it in torch.optim breaks the graph on purpose, at both ends.
@@ -127,7 +131,7 @@ def _plainly(optimizer: Optimizer, _: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _undone(optimizer: Optimizer, found: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Step, and choose between what was and what is, on the device."""
     before = [(tensor, tensor.detach().clone()) for tensor in _changed_by(optimizer)]
-    result = _call(optimizer, *args, **kwargs)
+    result = step_now(optimizer, *args, **kwargs)
     if len(_changed_by(optimizer)) != len(before):
         raise LossScaleError(
             f"{type(optimizer).__name__} made its state inside torch.compile, where a skipped step "
