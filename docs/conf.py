@@ -15,7 +15,13 @@ author = "The halfstep authors"
 project_copyright = "The halfstep authors, Apache-2.0"
 version = release = halfstep.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "tables"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_design",
+    "tables",
+]
 exclude_patterns = ["_build"]
 default_role = "py:obj"  # a docstring's `step` links to the method where Sphinx finds it
 

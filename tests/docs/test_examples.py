@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -44,6 +45,33 @@ def test_the_drop_in_scaler_skips_the_broken_batch_and_says_so() -> None:
 
 def test_a_resumed_run_is_the_same_bit_for_bit() -> None:
     assert load("resume")["main"]()
+
+
+# "keras_guide_tensorflow", "keras_guide_torch", "keras_guide_jax": one backend a process
+@pytest.mark.parametrize("backend", ["tensorflow", "torch", "jax"])
+def test_the_keras_guide_runs_and_prints_what_it_always_did(backend: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"keras_guide_{backend}.py")],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = dict(re.findall(r"^([\w. ]+): (.*)$", done.stdout, flags=re.MULTILINE))
+    assert printed["Compute dtype"] == printed["x.dtype"] == "float16"
+    assert printed["Variable dtype"] == printed["dense1.kernel.dtype"] == "float32"
+    assert printed["Outputs dtype"] == "float32"
+    # the very line that the guide for TensorFlow 2.1 shows
+    assert printed["Loss scale"] == (
+        "DynamicLossScale(current_loss_scale=32768.0, num_good_steps=30, "
+        "initial_loss_scale=32768.0, increment_period=2000, multiplier=2.0)"
+    )
+    assert "loss_scale=FixedLossScale(1024.0)" in done.stdout
+    assert float(printed["Test accuracy after fit"]) > 0.6
+    assert float(printed["Test accuracy after the loop"]) > 0.6
 
 
 # "torchrun_fsdp2" is run by tests/torch/distributed
