@@ -50,6 +50,10 @@ CASES = [
     (evidence("log", ZEROS), "log of 0", False),
     (evidence("log", WIDE, kind="NaN"), "log of a negative number (-2)", False),
     (evidence("log1p", facts(-1.0, 0.0)), "log1p of -1", False),
+    (evidence("div", ONES, ZEROS, node="fn", direction="backward"), "a division by 0", False),
+    (evidence("sqrt", WIDE, kind="NaN"), "sqrt of -2, outside of where it is defined", False),
+    (evidence("acos", WIDE, kind="NaN"), "acos of -2, outside of where it is defined", False),
+    (evidence("mul", ONES, kind="NaN", constants=(NAN,)), "called with the number NaN", False),
     (
         evidence("div", ONES, ZEROS, node="sqrt", direction="backward"),
         "the derivative of sqrt at 0",

@@ -187,11 +187,38 @@ def _log(seen: Evidence) -> Reason | None:
     )
 
 
+_DOMAINS: dict[str, tuple[float, float]] = {
+    "sqrt": (0.0, math.inf),
+    "rsqrt": (0.0, math.inf),
+    "acos": (-1.0, 1.0),
+    "asin": (-1.0, 1.0),
+    "atanh": (-1.0, 1.0),
+    "acosh": (1.0, math.inf),
+}
+
+
+def _outside(seen: Evidence) -> Reason | None:
+    low, high = _DOMAINS.get(seen.operation, (-math.inf, math.inf))
+    worst = [end for each in seen.inputs for end in (each.low, each.high) if not low <= end <= high]
+    if not worst or math.isnan(worst[0]):
+        return None
+    return Reason(
+        f"{seen.operation} of {worst[0]:.4g}, outside of where it is defined, {low:g} to {high:g}",
+        "clamp what goes in",
+    )
+
+
+def _nan_in_the_code(seen: Evidence) -> Reason | None:
+    if not any(math.isnan(number) for number in seen.constants):
+        return None
+    return Reason(f"{seen.operation} is called with the number NaN", "put a finite number there")
+
+
 _DIVISIONS = ("div", "reciprocal", "true_divide", "rsqrt", "floor_divide", "remainder", "fmod")
 
 
 def _division(seen: Evidence) -> Reason | None:
-    if not seen.operation.startswith(_DIVISIONS) or seen.direction == "backward":
+    if not seen.operation.startswith(_DIVISIONS):
         return None
     divisor = seen.inputs[-1] if seen.inputs else None
     if 0 in seen.constants[:1] or (divisor is not None and divisor.zeros):
@@ -281,8 +308,10 @@ RULES: tuple[Callable[[Evidence], Reason | None], ...] = (
     _masked_row,
     _no_targets,
     _log,
-    _division,
     _steep,
+    _division,
+    _outside,
+    _nan_in_the_code,
     _average_of_nothing,
     _infinite_arithmetic,
 )
