@@ -6,14 +6,17 @@ import argparse
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import pages, suite
+from .compiling import compiled_steps
 from .machine import describe, sentence, slug
 
+PARTS = ("host_reads", "accumulation", "host_time", "steps", "compiled")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -22,8 +25,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("what", nargs="?", choices=("steps", "models", "pages"), default="steps")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing, a model")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of timing, a model")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
+    parser.add_argument("--part", choices=PARTS, help="measure one part, and print it only")
+    parser.add_argument("--only", help="names of workloads, by commas; printed only")
     parser.add_argument("--no-page", action="store_true", help="leave docs/ as it is")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -36,26 +41,20 @@ def steps(options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     machine = describe(options.device)
     print(sentence(machine))
-    results = {
-        "machine": machine,
-        "micro_batches": suite.MICRO_BATCHES,
-        "host_reads": suite.host_reads(options.device, print),
-        "host_time": suite.host_time(options.device, options.seconds, print),
-        "accumulation": suite.accumulation(options.device, print),
-        "steps": suite.steps(options.device, options.seconds, print),
+    only = None if options.only is None else options.only.split(",")
+    measured: dict[str, Callable[[], Any]] = {
+        "host_reads": lambda: suite.host_reads(options.device, print),
+        "accumulation": lambda: suite.accumulation(options.device, print, only),
+        "host_time": lambda: suite.host_time(options.device, options.seconds, print, only),
+        "steps": lambda: suite.steps(options.device, options.seconds, print, only),
+        "compiled": lambda: compiled_steps(options.device, options.seconds / 2, print, only),
     }
-    for table, about in pages.step_tables(results):
-        table.show()
-        print(about)
-    for table in (
-        pages.host_table(results),
-        pages.accumulation_table(results),
-        pages.reads_table(results),
-        pages.worse_table(results),
-    ):
-        table.show()
-    print(pages.reasons())
-    print(pages.EMULATED)
+    parts = list(measured) if options.part is None else [options.part]
+    results = {"machine": machine, "micro_batches": suite.MICRO_BATCHES}
+    results |= {part: measured[part]() for part in parts}
+    pages.show(results)
+    if options.part is not None or only is not None:
+        return  # a part of the results is no page
     name = slug(machine)
     _write(ROOT / "benchmarks" / "results" / f"{name}.json", results)
     if not options.no_page:

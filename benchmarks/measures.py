@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
-from .styles import Optimizing, Style
+from .styles import OURS, Optimizing, Style
 from .workloads import Batch, Workload
 
 aten = torch.ops.aten
@@ -57,13 +57,20 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.casts: list[Cast] = []
         self.groups: list[Cast] = []
         self.host_reads = 0
+        self.launches = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run as compiled: what it launches is seen here too."""
+        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         operation = func.overloadpacket
-        if operation is aten._to_copy:
+        self.launches += _launches(func, operation)
+        if operation in _CASTS:
             self._cast([(args[0], result)], self.casts)
         elif operation is aten.copy_:
             self._cast([(args[1], args[0])], self.casts)
@@ -86,6 +93,18 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shape = tuple(new.shape)
         cast = Cast(self.phase, before, after, shape, moved, len(changed), self.where())
         seen.append(cast)
+
+
+_CASTS = (aten._to_copy, torch.ops.prims.convert_element_type)
+_NO_LAUNCH = frozenset(
+    (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
+     aten.detach, aten._local_scalar_dense, aten.sym_size, aten.is_same_size)
+)  # fmt: skip
+
+
+def _launches(func: Any, operation: Any) -> bool:
+    """Whether an operation runs something on the device; a view or an allocation does not."""
+    return not func.is_view and operation not in _NO_LAUNCH
 
 
 class Saved:
@@ -124,6 +143,8 @@ class Counts:
         group_bytes: bytes that those read and write.
         saved_bytes: bytes kept for backward; of the last micro-batch.
         host_reads: reads of a value on the host that are visible to the dispatcher.
+        launches: operations that run something on the device, the optimizer's too; a grouped one
+            is one.
     """
 
     casts: Mapping[str, int]
@@ -132,6 +153,7 @@ class Counts:
     group_bytes: int
     saved_bytes: int
     host_reads: int
+    launches: int
 
 
 @dataclass
@@ -214,6 +236,7 @@ def count(training: Training) -> Counts:
         group_bytes=sum(cast.moved for cast in observer.groups),
         saved_bytes=saved.bytes // training.micro_batches,
         host_reads=observer.host_reads,
+        launches=observer.launches,
     )
 
 
@@ -285,7 +308,7 @@ def time_together(
 def _to_amp(
     style: Style, trainings: Sequence[Training], took: Mapping[str, list[float]]
 ) -> Ratio | None:
-    if style.kind != "halfstep":
+    if style.kind not in OURS:
         return None
     styles = (training.style for training in trainings)
     rival = next(s.name for s in styles if s.kind == "torch.amp" and s.dtype is style.dtype)

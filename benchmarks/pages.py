@@ -17,10 +17,24 @@ RATIOS = ("time / float32", "quartiles", "time / torch.amp", "quartiles")
 def step_tables(results: Row) -> Iterator[tuple[Table, str]]:
     """Yield a table for each workload, and what it is."""
     rows = results["steps"]
-    head = ("style", "casts fwd", "bwd", "KB", "grouped", "KB", "saved KB", *RATIOS)
+    head = (
+        "style", "casts fwd", "bwd", "KB", "grouped", "KB", "saved KB", "launches", "host reads",
+        *RATIOS,
+    )  # fmt: skip
     for workload in dict.fromkeys(row["workload"] for row in rows):
         mine = [row for row in rows if row["workload"] == workload]
-        yield Table(workload, head, [_step_cells(row) for row in mine]), mine[0]["about"]
+        table = Table(workload, head, [_step_cells(row) for row in mine if row["why"] is None])
+        yield table, mine[0]["about"] + _cannot(mine)
+
+
+def _cannot(rows: list[Row]) -> str:
+    """Name the styles that cannot train this, and what torch says."""
+    able = {row["why"]: [] for row in rows if row["why"] is not None}
+    for row in rows:
+        if row["why"] is not None:
+            able[row["why"]].append(row["style"])
+    said = (f"{', '.join(styles)}: {why}" for why, styles in able.items())
+    return "".join(f". Cannot run here: {words}" for words in said)
 
 
 def _step_cells(row: Row) -> list[str]:
@@ -32,6 +46,8 @@ def _step_cells(row: Row) -> list[str]:
         str(row["groups"]),
         _kb(row["group_bytes"]),
         _kb(row["saved_bytes"]),
+        str(row["launches"]),
+        str(row["host_reads"]),
         *_ratios(row["time"]),
     ]
 
@@ -64,19 +80,80 @@ def host_table(results: Row) -> Table:
 
 def accumulation_table(results: Row) -> Table:
     """Casts of one optimizer step over several micro-batches."""
-    head = ("style", "casts", "KB", "grouped", "KB")
-    rows = [
+    head = ("model", "style", "casts", "KB", "grouped", "KB", "bytes / torch.amp", "/ CUDA's lists")
+    rows = results["accumulation"]
+    cells = [
         [
+            row["workload"],
             row["style"],
             str(sum(row["casts"].values())),
             _kb(row["cast_bytes"]),
             str(row["groups"]),
             _kb(row["group_bytes"]),
+            *(_moved_against(row, rows, kind) for kind in ("torch.amp", "torch.amp, CUDA's lists")),
         ]
-        for row in results["accumulation"]
+        for row in rows
+        if row["kind"] != "float32"
     ]
-    title = f"gradient accumulation: {results['micro_batches']} micro-batches a step, gpt-explicit"
-    return Table(title, head, rows)
+    title = f"gradient accumulation: {results['micro_batches']} micro-batches a step"
+    return Table(title, head, cells, words=2)
+
+
+def _moved(row: Row) -> int:
+    return int(row["cast_bytes"] + row["group_bytes"])
+
+
+def _moved_against(row: Row, rows: list[Row], kind: str) -> str:
+    """The bytes that casts move, over those of torch.amp; empty for torch.amp itself."""
+    found = [
+        other for other in rows if (other["workload"], other["kind"]) == (row["workload"], kind)
+    ]
+    if row["kind"] != "halfstep" or not found:
+        return ""
+    return f"{_moved(row) / _moved(found[0]):.2f}"
+
+
+def compiled_table(results: Row) -> Table:
+    """What torch.compile makes of each style."""
+    head = (
+        "model", "style", "graphs", "breaks", "recompiles", "casts", "KB", "grouped", "KB",
+        "saved KB", *RATIOS, "scaled step in one graph",
+    )  # fmt: skip
+    rows = [
+        [
+            row["workload"],
+            row["style"],
+            *(str(row[key]) for key in ("graphs", "breaks", "recompiles")),
+            str(sum(row["casts"].values())),
+            _kb(row["cast_bytes"]),
+            str(row["groups"]),
+            _kb(row["group_bytes"]),
+            _kb(row["saved_bytes"]),
+            *_ratios(row["time"]),
+            row["scaled step"] or "",
+        ]
+        for row in results["compiled"]
+    ]
+    return Table("compiled, backend aot_eager", head, rows, words=2)
+
+
+TABLES: dict[str, Callable[[Row], Table]] = {}
+"""The tables of the parts that have one, filled below; the steps have one a workload."""
+
+
+def show(results: Row) -> None:
+    """Print the tables of the parts that were measured."""
+    if "steps" in results:
+        for table, about in step_tables(results):
+            table.show()
+            print(about)
+        print(EMULATED)
+    for part, make in TABLES.items():
+        if part in results:
+            make(results).show()
+    if {"steps", "host_time"} <= set(results):
+        worse_table(results).show()
+        print(reasons())
 
 
 def reads_table(results: Row) -> Table:
@@ -112,12 +189,20 @@ HOST_BOUND = ("tiny-mlp", "tiny-gpt", "tiny-convnet", "mlp")
 """Where what the host does is a large enough part of a step to explain a slower one."""
 
 
+TABLES |= {
+    "host_time": host_table,
+    "accumulation": accumulation_table,
+    "compiled": compiled_table,
+    "host_reads": reads_table,
+}
+
+
 def worse_table(results: Row) -> Table:
     """Where halfstep is worse."""
     rows = [
         [row["workload"], row["style"], *cells]
         for row in (*results["steps"], *results["host_time"])
-        if row["kind"] == "halfstep"
+        if row["kind"] == "halfstep" and row.get("why") is None
         for cells in (*_more(row, results["steps"]), *_slower(row))
     ]
     head = ("model", "style", "measure", "of torch.amp's", "reason")
@@ -126,7 +211,7 @@ def worse_table(results: Row) -> Table:
 
 def _slower(row: Row) -> Iterator[list[str]]:
     ratio = row["time"]["to_amp"]
-    if ratio["low"] > 1:
+    if ratio is not None and ratio["low"] > 1:
         yield ["time", f"{ratio['median']:.2f}x", _reason("time", row)]
 
 
@@ -136,6 +221,7 @@ def _more(row: Row, rows: list[Row]) -> Iterator[list[str]]:
         for other in rows
         if (other["workload"], other["dtype"], other["kind"])
         == (row["workload"], row["dtype"], "torch.amp")
+        and other["why"] is None
     ]
     for name, value in MEASURES if amp else ():
         mine, theirs = value(row), value(amp[0])
@@ -196,12 +282,17 @@ GPU: `halfstep doctor --measure` says what they cost on yours.
 
 def page(results: Row) -> str:
     """Return ``docs/benchmarks.md``."""
-    parts = [INTRODUCTION.format(machine=sentence(results["machine"])), "## One optimizer step"]
+    parts = [
+        INTRODUCTION.format(machine=sentence(results["machine"])),
+        "## One optimizer step",
+        STEPS,
+    ]
     for table, about in step_tables(results):
         parts += [f"### {table.title}", about[0].upper() + about[1:] + ".", table.markdown()]
     for heading, text, table in (
         ("Host time", HOST_TIME, host_table(results)),
         ("Gradient accumulation", ACCUMULATION, accumulation_table(results)),
+        ("Compiled", COMPILED, compiled_table(results)),
         ("Host reads", HOST_READS, reads_table(results)),
         ("Where halfstep is worse", WORSE, worse_table(results)),
     ):
@@ -210,19 +301,33 @@ def page(results: Row) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+STEPS = """
+Each row is compared with float32 and with `torch.amp` in its own dtype, in the same table. Made by
+`python -m benchmarks --part steps`; one table by `--only NAME`."""
+
 HOST_TIME = """
 Models so small that a step is what the host does: Python, dispatch and launches. A GPU that waits
-for its host waits this long."""
+for its host waits this long. Made by `python -m benchmarks --part host_time`."""
 
 ACCUMULATION = """
 Between the micro-batches of a step no weight changes; `weights_unchanged` says so, and their
 copies are made once a step. `torch.autocast` keeps its copies only inside one `with` block, here
-one a micro-batch, as its documentation advises."""
+one a micro-batch, as its documentation advises. Of the last two columns, one divides by torch.amp
+with this device's lists, one by torch.amp with CUDA's. Made by
+`python -m benchmarks --part accumulation`."""
+
+COMPILED = """
+`torch.compile(backend="aot_eager")` runs the compiled graph operation by operation: its graphs,
+casts and bytes are those of any backend, its time says only what the host does. Compared with
+torch.amp and float32 compiled the same way. `halfstep rewrite` is `halfstep.torch.autocast`, which
+has no eager form. *Recompiles* are graphs made after the second step. The last column compiles what
+follows a float16 backward pass (unscaling, the optimizer, the next scale) with `fullgraph=True`.
+Made by `python -m benchmarks --part compiled`."""
 
 HOST_READS = """
 Every read makes a GPU wait until the host has seen the value. What the bare optimizer reads are
 its own step counters, on the CPU: `LossScaleOptimizer` turns the fused kernel on where there is
-one, which needs none of them."""
+one, which needs none of them. Made by `python -m benchmarks --part host_reads`."""
 
 WORSE = """
 Each measure of each model in which halfstep does worse than `torch.amp` in the same dtype with

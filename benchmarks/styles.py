@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,12 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from halfstep.torch import LossScaleOptimizer, apply_policy
+from halfstep.torch import LossScaleOptimizer, apply_policy, autocast
 
 LOW = (torch.float16, torch.bfloat16)
 
-Kind = Literal["float32", "torch.amp", "torch.amp, CUDA's lists", "halfstep"]
+Kind = Literal[
+    "float32", "torch.amp", "torch.amp, CUDA's lists", "halfstep", "halfstep rewrite",
+    "Fabric", "Transformer Engine", "torchao float8",
+]  # fmt: skip
 Functional = Literal["autocast", "compute"]
+OURS = frozenset(("halfstep", "halfstep rewrite"))
+"""The kinds that are compared with torch.amp."""
 
 
 class CudaLists(TorchFunctionMode):
@@ -65,46 +71,53 @@ class Style:
     """One way to train.
 
     Attributes:
-        kind: whose.
+        kind: whose: a key of `FAMILIES`.
         dtype: the 16-bit dtype, or float32.
         functional: halfstep's argument of that name.
         timed: whether its time says anything: an emulation's does not.
+        backend: compile the model with this backend of ``torch.compile``; None runs it eagerly.
+        tf32: whether float32 products may use TF32, on GPUs that have it.
     """
 
     kind: Kind
     dtype: torch.dtype = torch.float32
     functional: Functional | None = None
     timed: bool = True
+    backend: str | None = None
+    tf32: bool = False
 
     @property
     def name(self) -> str:
         """What the tables call it."""
-        low = "" if self.kind == "float32" else " " + str(self.dtype).removeprefix("torch.")
+        low = "" if self.kind == "float32" else " " + self.word
         words = "" if self.functional is None else f", {self.functional}"
-        return f"{self.kind}{low}{words}"
+        return f"{self.kind}{low}{words}" + (" with TF32" if self.tf32 else "")
+
+    @property
+    def word(self) -> str:
+        """The dtype's name."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def scales(self) -> bool:
         """Whether it scales its losses."""
         return self.dtype is torch.float16
 
+    def missing(self) -> str | None:
+        """Return why this style cannot run here, None if it can."""
+        module = FAMILIES[self.kind].needs
+        if module is None or importlib.util.find_spec(module.partition(".")[0]) is not None:
+            return None
+        return f"{module} is not installed"
+
     def prepare(self, model: nn.Module, overrides: Mapping[str, str] | None = None) -> nn.Module:
         """Return the model as this style trains it; overrides are for halfstep's policies."""
-        if self.functional is None:
-            return model
-        policy = "mixed_" + str(self.dtype).removeprefix("torch.")
-        return apply_policy(model, policy, overrides, functional=self.functional)
+        return FAMILIES[self.kind].prepare(model, self, overrides)
 
     @contextmanager
     def forward(self, device: str) -> Iterator[None]:
         """The context of a forward pass and its loss."""
-        lists: AbstractContextManager[Any] = nullcontext()
-        autocast: AbstractContextManager[Any] = nullcontext()
-        if self.kind.startswith("torch.amp"):
-            autocast = torch.autocast(device, dtype=self.dtype)
-        if self.kind == "torch.amp, CUDA's lists":
-            lists = CudaLists()
-        with autocast, lists:
+        with FAMILIES[self.kind].context(self, device):
             yield
 
     def optimize(
@@ -113,9 +126,7 @@ class Style:
         """Return how this style takes a step with an optimizer."""
         if not self.scales:
             return Plain(optimizer, max_norm)
-        if self.kind == "halfstep":
-            return Halfstep(LossScaleOptimizer(optimizer, max_norm=max_norm))
-        return Amp(optimizer, torch.amp.GradScaler(device), max_norm)
+        return FAMILIES[self.kind].scaled(optimizer, device, max_norm)
 
 
 class Plain:
@@ -174,8 +185,119 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+Overrides = Mapping[str, str] | None
+Prepare = Callable[[nn.Module, Style, Overrides], nn.Module]
+Context = Callable[[Style, str], AbstractContextManager[Any]]
+Scaled = Callable[[Optimizer, str, float | None], Plain]
+
+
+def _compiled(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module:
+    if style.backend is None:
+        return model
+    compiled: Any = torch.compile(model, backend=style.backend)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _policied(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module:
+    if style.functional is None:
+        return model
+    apply_policy(model, f"mixed_{style.word}", overrides, functional=style.functional)
+    return _compiled(model, style, overrides)
+
+
+def _rewritten(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module:
+    return autocast(model, f"mixed_{style.word}", backend=style.backend or "inductor")
+
+
+def _transformer_engine(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module:
+    """Put its layers in the place of torch's, with the same weights."""
+    import transformer_engine.pytorch as te
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                sizes = child.in_features, child.out_features
+                new = te.Linear(*sizes, bias=child.bias is not None, device=child.weight.device)
+            elif type(child) is nn.LayerNorm:
+                new = te.LayerNorm(child.normalized_shape[0], device=child.weight.device)
+            else:
+                continue
+            new.load_state_dict(child.state_dict(), strict=False)
+            setattr(parent, name, new)
+    return model
+
+
+def _float8(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module:
+    from torchao.float8 import convert_to_float8_training
+
+    return _compiled(convert_to_float8_training(model), style, overrides)
+
+
+def _nothing(style: Style, device: str) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def _autocast(style: Style, device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, dtype=style.dtype)
+
+
+@contextmanager
+def _cuda_lists(style: Style, device: str) -> Iterator[None]:
+    with torch.autocast(device, dtype=style.dtype), CudaLists():
+        yield
+
+
+def _fabric(style: Style, device: str) -> AbstractContextManager[Any]:
+    from lightning_fabric.plugins.precision import MixedPrecision
+
+    precision: Any = "16-mixed" if style.scales else "bf16-mixed"
+    scaler = torch.amp.GradScaler(device) if style.scales else None
+    return MixedPrecision(precision, device, scaler).forward_context()
+
+
+def _grad_scaler(optimizer: Optimizer, device: str, max_norm: float | None) -> Plain:
+    return Amp(optimizer, torch.amp.GradScaler(device), max_norm)
+
+
+def _loss_scaled(optimizer: Optimizer, device: str, max_norm: float | None) -> Plain:
+    return Halfstep(LossScaleOptimizer(optimizer, "dynamic", max_norm=max_norm))
+
+
+@dataclass(frozen=True)
+class Family:
+    """How all styles of one kind are trained: a row of `FAMILIES`.
+
+    Attributes:
+        prepare: makes the model what is trained.
+        context: what a forward pass and its loss run in.
+        scaled: how a step is taken with a loss scale; without one it is the optimizer's own.
+        needs: the module that must be installed.
+        compiles: whether it has no eager form.
+    """
+
+    prepare: Prepare = _compiled
+    context: Context = _autocast
+    scaled: Scaled = _grad_scaler
+    needs: str | None = None
+    compiles: bool = False
+
+
+FAMILIES: dict[Kind, Family] = {
+    "float32": Family(context=_nothing),
+    "torch.amp": Family(),
+    "torch.amp, CUDA's lists": Family(context=_cuda_lists),
+    "halfstep": Family(_policied, _nothing, _loss_scaled),
+    "halfstep rewrite": Family(_rewritten, _nothing, _loss_scaled, compiles=True),
+    # its optimizer_step is GradScaler's step and update
+    "Fabric": Family(context=_fabric, needs="lightning_fabric"),
+    "Transformer Engine": Family(_transformer_engine, needs="transformer_engine"),
+    "torchao float8": Family(_float8, needs="torchao", compiles=True),
+}
+"""One row a kind; a new way to train is a new row, and a style in `styles_of` or `compiled`."""
+
+
 def styles_of(device: str) -> tuple[Style, ...]:
-    """Return the styles; CUDA's lists need no emulation on an accelerator."""
+    """Return the eager styles; CUDA's lists need no emulation on an accelerator."""
     found = [Style("float32")]
     for dtype in LOW:
         found.append(Style("torch.amp", dtype))
@@ -183,4 +305,17 @@ def styles_of(device: str) -> tuple[Style, ...]:
             found.append(Style("torch.amp, CUDA's lists", dtype, timed=False))
         found.append(Style("halfstep", dtype, "autocast"))
         found.append(Style("halfstep", dtype, "compute"))
+    return tuple(found)
+
+
+def compiled(backend: str, dtypes: tuple[torch.dtype, ...] = LOW) -> tuple[Style, ...]:
+    """Return the compiled styles."""
+    found = [Style("float32", backend=backend)]
+    for dtype in dtypes:
+        found += [
+            Style("torch.amp", dtype, backend=backend),
+            Style("halfstep", dtype, "autocast", backend=backend),
+            Style("halfstep", dtype, "compute", backend=backend),
+            Style("halfstep rewrite", dtype, backend=backend),
+        ]
     return tuple(found)

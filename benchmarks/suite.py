@@ -3,43 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 
+from halfstep.errors import PolicyError
 from halfstep.torch import weights_unchanged
 
-from .measures import MakeOptimizer, Training, count, start, time_together
+from .measures import Counts, MakeOptimizer, Training, count, start, time_together
 from .styles import Style, styles_of
 from .workloads import TINY, Workload, workloads_for
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
+Names = Collection[str] | None
+"""Names of workloads; None is all."""
 
-MICRO_BATCHES = 4
+MICRO_BATCHES = 8
 
 
-def steps(device: str, seconds: float, say: Say) -> list[Row]:
+def steps(device: str, seconds: float, say: Say, only: Names = None) -> list[Row]:
     """Casts, bytes and time of a step, for every workload in every style."""
     rows: list[Row] = []
-    for workload in workloads_for(device):
+    for workload in chosen(workloads_for(device), only):
         say(f"{workload.name}: {workload.about}")
-        trainings = [start(workload, style, device) for style in styles_of(device)]
-        counted = [count(training) for training in trainings]
-        timed = [training for training in trainings if training.style.timed]
-        times = time_together(timed, seconds=seconds)
-        for training, counts in zip(trainings, counted, strict=True):
-            row = _row(workload, training.style) | dataclasses.asdict(counts)
-            timing = times.get(training.style.name)
+        started = [_started(workload, style, device) for style in styles_of(device)]
+        able = [training for training, _, why in started if why is None]
+        times = time_together([t for t in able if t.style.timed], seconds=seconds)
+        for training, counts, why in started:
+            row = _row(workload, training.style) | {"why": why}
+            timing = None if why is not None else times.get(training.style.name)
+            row |= {} if counts is None else dataclasses.asdict(counts)
             rows.append(row | {"time": None if timing is None else dataclasses.asdict(timing)})
     return rows
 
 
-def host_time(device: str, seconds: float, say: Say) -> list[Row]:
+def _started(
+    workload: Workload, style: Style, device: str
+) -> tuple[Training, Counts | None, str | None]:
+    """Return a training, what a step of it does, and why it can take none."""
+    training = start(workload, style, device)
+    try:
+        return training, count(training), None
+    except (RuntimeError, PolicyError) as error:
+        return training, None, str(error).splitlines()[0].split(". ")[0]
+
+
+def chosen(workloads: Iterable[Workload], only: Names) -> list[Workload]:
+    """Return the workloads that are named; all where none are."""
+    return [each for each in workloads if only is None or each.name in only]
+
+
+def host_time(device: str, seconds: float, say: Say, only: Names = None) -> list[Row]:
     """Time of a step that is all host and no arithmetic."""
     rows: list[Row] = []
-    for workload in TINY:
+    for workload in chosen(TINY, only):
         say(f"{workload.name}: {workload.about}")
         styles = [style for style in styles_of(device) if style.timed]
         trainings = [start(workload, style, device) for style in styles]
@@ -51,23 +70,30 @@ def host_time(device: str, seconds: float, say: Say) -> list[Row]:
     return rows
 
 
-def accumulation(device: str, say: Say) -> list[Row]:
-    """Casts of an optimizer step over several micro-batches."""
-    workload = workloads_for(device)[0]
-    say(f"{workload.name}, {MICRO_BATCHES} micro-batches a step")
+def accumulation(device: str, say: Say, only: Names = None) -> list[Row]:
+    """Casts of an optimizer step over several micro-batches, for every workload."""
     rows: list[Row] = []
-    for style in styles_of(device):
-        if style.dtype is not torch.bfloat16:
-            continue
-        for kept in (False, True) if style.kind == "halfstep" else (False,):
-            training = start(workload, style, device)
-            training.micro_batches = MICRO_BATCHES
-            if kept:
-                training.around = _unchanged(training)
-            label = {"style": style.name + (", weights_unchanged" if kept else "")}
-            counts = dataclasses.asdict(count(training))
-            rows.append(_row(workload, style) | counts | label)
+    for workload in chosen(workloads_for(device), only):
+        say(f"{workload.name}, {MICRO_BATCHES} micro-batches a step")
+        for style in styles_of(device):
+            if style.dtype is not torch.bfloat16:
+                continue
+            for kept in (False, True) if style.kind == "halfstep" else (False,):
+                rows += _accumulated(workload, style, device, kept)
     return rows
+
+
+def _accumulated(workload: Workload, style: Style, device: str, kept: bool) -> list[Row]:
+    training = start(workload, style, device)
+    training.micro_batches = MICRO_BATCHES
+    if kept:
+        training.around = _unchanged(training)
+    label = {"style": style.name + (", weights_unchanged" if kept else "")}
+    try:
+        counts = dataclasses.asdict(count(training))
+    except RuntimeError:
+        return []  # the table of its steps says why
+    return [_row(workload, style) | counts | label]
 
 
 def _unchanged(training: Training) -> Callable[[], Any]:

@@ -36,7 +36,8 @@ class Workload:
     def build(self, device: str) -> nn.Module:
         """Return the model, with the same weights at every call."""
         torch.manual_seed(SEED)
-        return self.model().to(device)
+        with torch.device(device):  # a billion weights are drawn where they will lie
+            return self.model()
 
     def data(self, device: str) -> Batch:
         """Return the batch, the same at every call."""
@@ -90,10 +91,18 @@ def _blocks(layers: int, width: int, heads: int, fused: bool) -> nn.Sequential:
 class LanguageModel(nn.Module):
     """Blocks between embeddings and a head that shares their weight."""
 
-    def __init__(self, vocabulary: int, length: int, width: int, fused: bool) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        length: int,
+        width: int,
+        fused: bool,
+        layers: int = 4,
+        heads: int = 4,
+    ) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = _blocks(4, width, 4, fused)
+        self.blocks = _blocks(layers, width, heads, fused)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.tokens.weight
@@ -124,6 +133,64 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(y)) + self.skip(x))
+
+
+class LlamaBlock(nn.Module):
+    """RMSNorm, rotary positions, grouped queries, a gated MLP; no biases."""
+
+    def __init__(self, width: int, heads: int, groups: int, hidden: int) -> None:
+        super().__init__()
+        self.heads, self.groups, self.size = heads, groups, width // heads
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, groups * self.size, bias=False)
+        self.value = nn.Linear(width, groups * self.size, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        return x.view(*x.shape[:2], heads, self.size).transpose(1, 2)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        half = self.size // 2
+        places = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
+        rates = 10000 ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
+        angles = places[:, None] * rates
+        sine, cosine = angles.sin().to(x.dtype), angles.cos().to(x.dtype)
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat((a * cosine - b * sine, b * cosine + a * sine), -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        query = self._rotated(self._split(self.query(y), self.heads))
+        key = self._rotated(self._split(self.key(y), self.groups))
+        value = self._split(self.value(y), self.groups)
+        key, value = (t.repeat_interleave(self.heads // self.groups, 1) for t in (key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        result: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return result
+
+
+def llama(layers: int, width: int, heads: int, groups: int, hidden: int) -> nn.Module:
+    """Return a stack of Llama blocks."""
+    return nn.Sequential(*(LlamaBlock(width, heads, groups, hidden) for _ in range(layers)))
+
+
+class Recurrent(nn.Module):
+    """An LSTM over a sequence, and a head on its last output."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, width, layers, batch_first=True)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.lstm(x)[0][:, -1])
+        return result
 
 
 def _convnet() -> nn.Module:
@@ -232,6 +299,25 @@ def workloads_for(device: str) -> tuple[Workload, ...]:
             lambda: _labelled(examples, width),
             _cross_entropy,
         ),
+        _llama(sizes),
+        Workload(
+            "lstm",
+            f"LSTM: 2 layers of width {sizes.width} and a head, {sizes.batch} x 16 steps",
+            lambda: Recurrent(sizes.width, 2),
+            lambda: _labelled(sizes.batch, 16, sizes.width),
+            _cross_entropy,
+        ),
+    )
+
+
+def _llama(sizes: Sizes) -> Workload:
+    shape = (sizes.batch, sizes.length, sizes.width)
+    return Workload(
+        "llama",
+        f"Llama-style blocks, RMSNorm, rotary positions, gated MLP: {sizes}, 2 groups of keys",
+        lambda: llama(4, sizes.width, 4, 2, 2 * sizes.width),
+        lambda: (torch.randn(shape), torch.randn(shape)),
+        _mean_square,
     )
 
 

@@ -17,10 +17,22 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from ways import FOUR, OVERRIDES, SIXTEEN, TWO, WIDTH, build, ddp, fsdp_last, shard
 
 from halfstep.torch import LossScaleOptimizer, apply_policy, remove_policy
 from halfstep.torch.distributed import TrainingState
+
+sys.path.insert(0, str(Path(__file__).parent))  # pytest looks for doctests here, from elsewhere
+from ways import (
+    FOUR,
+    OVERRIDES,
+    SIXTEEN,
+    TWO,
+    WIDTH,
+    build,
+    ddp,
+    fsdp_last,
+    shard,
+)
 
 BATCH, STEPS = 8, 3
 
