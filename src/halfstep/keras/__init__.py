@@ -4,6 +4,7 @@ Importing it lets Keras ask halfstep for its global policy and keep policies whe
 and lets ``compile`` and ``fit`` scale the loss and say what is wrong with a model's policies.
 """
 
+from . import cast_cache as _cast_cache
 from . import compiling as _compiling
 from . import fit as _fit
 from . import global_policy as _global_policy
@@ -23,3 +24,4 @@ _global_policy.follow()
 _loading.install()
 _fit.install()
 _compiling.install()
+_cast_cache.install()
