@@ -71,6 +71,16 @@ PUBLIC = {
         "policy_scope",
         "set_global_policy",
     },
+    "halfstep.keras.experimental": {
+        "DynamicLossScale",
+        "FixedLossScale",
+        "LossScale",
+        "LossScaleOptimizer",
+        "Policy",
+        "get_layer_policy",
+        "global_policy",
+        "set_policy",
+    },
 }
 """Every public name by package; a new door is a new key."""
 

@@ -20,7 +20,8 @@ def public_names(package: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "package", ["halfstep", "halfstep.torch", "halfstep.compare", "halfstep.report"]
+    "package",
+    ["halfstep", "halfstep.torch", "halfstep.keras", "halfstep.compare", "halfstep.report"],
 )
 def test_every_public_name_is_on_the_page(package: str) -> None:
     names = public_names(package)

@@ -10,7 +10,7 @@
 The loss scales, which TensorFlow had in ``tf.mixed_precision.experimental``, are here too.
 """
 
-from typing import Any
+from typing import Any as _Any
 
 import keras
 
@@ -53,7 +53,7 @@ def set_policy(policy: "_PolicyLike | None") -> None:
     _set_global_policy(keras.config.floatx() if policy is None else policy)
 
 
-def get_layer_policy(layer: Any) -> Any:
+def get_layer_policy(layer: _Any) -> _Any:
     """Return the policy of a layer, as a policy of this door where it can be one.
 
     Args:
