@@ -58,7 +58,7 @@ def steps(options: argparse.Namespace) -> None:
     name = slug(machine)
     _write(ROOT / "benchmarks" / "results" / f"{name}.json", results)
     if not options.no_page:
-        _page(ROOT / "docs" / "benchmarks.md", pages.page(results))
+        _page(ROOT / "docs" / "benchmarks.md", pages.page(results, _gpus()))
     print(f"{time.perf_counter() - begin:.0f} s in all")
 
 
@@ -82,11 +82,17 @@ def rewrite(options: argparse.Namespace) -> None:
     name = slug(describe(options.device))
     results = ROOT / "benchmarks" / "results"
     for file, page, write in (
-        (f"{name}.json", "benchmarks.md", pages.page),
+        (f"{name}.json", "benchmarks.md", lambda read: pages.page(read, _gpus())),
         (f"{name}-models.json", "torch-models.md", model_table.page),
     ):
         if (results / file).exists():
             _page(ROOT / "docs" / page, write(json.loads((results / file).read_text("utf-8"))))
+
+
+def _gpus() -> list[str]:
+    """The pages that runs on GPUs left."""
+    found = sorted((ROOT / "benchmarks" / "results").glob("gpu-*.md"))
+    return [path.read_text(encoding="utf-8") for path in found]
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:

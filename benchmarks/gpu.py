@@ -1,7 +1,8 @@
 """``python -m benchmarks.gpu``: what a step costs on this GPU, beside the peers, in 8 minutes.
 
-Needs torch and this repository. Whatever else is installed (lightning_fabric, transformer_engine,
-torchao) is measured too; a row that cannot run here, or not in its share of the time, says why.
+Needs torch, this repository and its two dependencies (NumPy, ml_dtypes). Whatever else is installed
+(lightning_fabric, transformer_engine, torchao) is measured too; a row that cannot run here, or not
+in its share of the time, says why.
 """
 
 from __future__ import annotations

@@ -81,6 +81,8 @@ def _worse(rows: list[Row]) -> Iterator[list[str]]:
 
 
 INTRODUCTION = """\
+### {device}
+
 Written by `{command}` in {seconds:.0f} s: {machine}
 
 - *ms* is the median of a step (forward, backward, optimizer), with quartiles; */ float32* divides
@@ -96,6 +98,7 @@ def page(results: Row) -> str:
     rows, peak = results["rows"], results["peak"]
     parts = [
         INTRODUCTION.format(
+            device=results["machine"]["device"] + (" (tiny sizes)" if results["tiny"] else ""),
             command=results["command"],
             seconds=results["seconds"],
             machine=sentence(results["machine"]),
@@ -107,8 +110,8 @@ def page(results: Row) -> str:
         parts.append("Tiny sizes, to see that it runs: the times say nothing.")
     for name in dict.fromkeys(row["workload"] for row in rows):
         about = next(row["about"] for row in rows if row["workload"] == name)
-        parts += [f"### {name}", about + ".", rows_table(name, rows).markdown()]
+        parts += [f"#### {name}", about + ".", rows_table(name, rows).markdown()]
     for heading, table in (("Slower than torch.amp", worse(rows)), ("Not measured", skipped(rows))):
         if table.rows:
-            parts += [f"### {heading}", table.markdown()]
+            parts += [f"#### {heading}", table.markdown()]
     return "\n\n".join(part.strip() for part in parts) + "\n"

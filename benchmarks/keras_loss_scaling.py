@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["KERAS_BACKEND"] = "torch"
 
@@ -116,7 +117,13 @@ def together(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 
 
 def counted(step: Step) -> dict[str, int]:
-    """Launches and host reads of one step."""
+    """Launches and host reads of one step, as on an accelerator."""
+    # where reading waits for nothing, ours reads its four numbers instead of launching on them
+    with mock.patch("halfstep.keras.scale_variables._is_near", return_value=False):
+        return _counted(step)
+
+
+def _counted(step: Step) -> dict[str, int]:
     with Launches() as seen:
         step()
     # some reads, such as those of as_tensor([tensor, ...]), pass below every dispatch mode
@@ -159,12 +166,11 @@ def table(title: str, results: dict[str, Any]) -> Table:
                     f"{found['ms']:.2f}",
                     f"{found['best_ms']:.2f}",
                     "1" if way == "none" else f"{middle:.2f} ({low:.2f} to {high:.2f})",
-                    f"{found['best_ms'] / ways['none']['best_ms']:.2f}",
                     str(found["launches"]),
                     str(found["reads"]),
                 ]
             )
-    head = ["inner optimizer", "loss scaling", "ms", "best ms", "ratio (quartiles)", "best ratio",
+    head = ["inner optimizer", "loss scaling", "ms", "best ms", "ratio (quartiles)",
             "launches", "host reads"]  # fmt: skip
     return Table(title, head, rows, words=2)
 

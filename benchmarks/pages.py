@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .machine import sentence
@@ -280,8 +280,8 @@ GPU: `halfstep doctor --measure` says what they cost on yours.
 """
 
 
-def page(results: Row) -> str:
-    """Return ``docs/benchmarks.md``."""
+def page(results: Row, gpus: Sequence[str] = ()) -> str:
+    """Return ``docs/benchmarks.md``; ``gpus`` are the pages of ``python -m benchmarks.gpu``."""
     parts = [
         INTRODUCTION.format(machine=sentence(results["machine"])),
         "## One optimizer step",
@@ -297,7 +297,7 @@ def page(results: Row) -> str:
         ("Where halfstep is worse", WORSE, worse_table(results)),
     ):
         parts += [f"## {heading}", text, table.markdown()]
-    parts.append(reasons())
+    parts += [reasons(), "## On a GPU", ON_A_GPU, *(gpus or [NO_GPU])]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -323,6 +323,17 @@ torch.amp and float32 compiled the same way. `halfstep rewrite` is `halfstep.tor
 has no eager form. *Recompiles* are graphs made after the second step. The last column compiles what
 follows a float16 backward pass (unscaling, the optimizer, the next scale) with `fullgraph=True`.
 Made by `python -m benchmarks --part compiled`."""
+
+ON_A_GPU = """
+`make bench-gpu` (`python -m benchmarks.gpu`) measures GPT-2 124M, a 1B-parameter stack of Llama
+blocks, ResNet-50, the article's three convolutions and an MLP of width 8192: time, peak memory,
+share of the matrix units' peak, and the counts of this page, beside float32 with and without TF32,
+`torch.amp` in both formats, Fabric's precision plugin, and Transformer Engine and torchao where
+they are installed. It takes at most 8 minutes, and needs torch, this repository and its two
+dependencies (NumPy, ml_dtypes). A row that cannot run, or not in its share of the time, says
+why."""
+
+NO_GPU = "No results are committed yet: none was at hand."
 
 HOST_READS = """
 Every read makes a GPU wait until the host has seen the value. What the bare optimizer reads are

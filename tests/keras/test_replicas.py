@@ -56,7 +56,7 @@ import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import keras, numpy as np
-from halfstep.keras import LossScaleOptimizer
+from halfstep.keras import DynamicLossScale, LossScaleOptimizer, Policy
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, dtype="mixed_float16")])
@@ -94,8 +94,10 @@ assert run(tf.function(together)) == [2.0**15, 2.0**14, 2.0**14, 2.0**14]
 assert run(together) == [2.0**14, 2.0**13, 2.0**13, 2.0**13]
 assert optimizer.skipped_steps == 2 and optimizer.iterations.numpy() == 6
 
+# small enough that only what is planted is not finite
+policy = Policy("mixed_float16", loss_scale=DynamicLossScale(2**8))
 with strategy.scope():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, dtype="mixed_float16")])
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, dtype=policy)])
     model.compile(keras.optimizers.SGD(0.01), "mse")
 x = np.ones((8, 2), "float32")
 x[7] = np.nan
@@ -106,17 +108,19 @@ print("equal")
 
 DATA_PARALLEL = """
 import jax, keras, numpy as np
-from halfstep.keras import LossScaleOptimizer
+from halfstep.keras import DynamicLossScale, LossScaleOptimizer, Policy
 assert len(jax.devices()) == 8
 keras.distribution.set_distribution(keras.distribution.DataParallel(devices=jax.devices()))
-model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, dtype="mixed_float16")])
+# small enough that only what is planted is not finite
+policy = Policy("mixed_float16", loss_scale=DynamicLossScale(2**8))
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, dtype=policy)])
 model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
 assert type(model.optimizer) is LossScaleOptimizer
 x = np.ones((32, 2), "float32")
 x[9] = np.nan  # in the first batch of 16, on one device alone
 model.fit(x, np.ones((32, 1)), batch_size=16, shuffle=False, verbose=0)
 assert model.optimizer.skipped_steps == 1 and int(model.optimizer.iterations) == 1
-assert model.optimizer.loss_scale.current_loss_scale == 2.0**14
+assert model.optimizer.loss_scale.current_loss_scale == 2.0**7
 for variable in [*model.trainable_variables, *model.optimizer.variables]:
     shards = [np.asarray(shard.data) for shard in variable.value.addressable_shards]
     assert len(shards) == 8, variable.path
