@@ -50,7 +50,8 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
-# No environment of its own: whatever torch the machine has, with its CUDA, is what counts.
+# No environment of its own: the torch that the machine has, with its CUDA, is what counts.
+# (Beside it NumPy and ml_dtypes must be there: halfstep's only dependencies.)
 bench-gpu:
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
 
