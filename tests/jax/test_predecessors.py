@@ -134,7 +134,7 @@ def test_a_policy_by_its_name_takes_effect():
     for name in ("bfloat16", "float16"):
         rows = explain(lambda x: x @ x.T, f"mixed_{name}")(X).rows
         assert [row.dtype for row in rows if row.flops] == [name]
-    with pytest.raises(halfstep.PolicyError, match="unknown policy 'bf16'"):
+    with pytest.raises(halfstep.PolicyError, match="'bf16'.*unknown policy"):
         autocast(jnp.dot, "bf16")
 
 
