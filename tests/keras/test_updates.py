@@ -239,3 +239,24 @@ def test_the_end_of_a_scale_can_be_asked_for(step, variable, backend):
         optimizer.check_loss_scale()
     with pytest.raises(LossScaleExhausted, match="loss scale at 8"):
         optimizer.check_loss_scale([variable.value for variable in optimizer.variables])
+
+
+def test_a_graph_that_only_skips_stops_by_itself(variable, backend):
+    """Nothing looks at the state of a compiled loop of one's own, so the graph does, at last."""
+    if backend != "tensorflow":
+        pytest.skip("the others have no graph that can stop")
+    import tensorflow as tf
+
+    weights = [variable(1.0)]
+    optimizer = LossScaleOptimizer("sgd", DynamicLossScale(1, patience=8))
+    optimizer.build(weights)
+
+    @tf.function(autograph=False)
+    def run():
+        optimizer.apply([optimizer.scale_loss(tf.constant([np.nan]))], weights)
+
+    optimizer.bad_steps.assign(8 + 128 - 2)
+    run()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="LossScaleExhausted"):
+        run()
+    np.testing.assert_array_equal(weights[0].numpy(), [1.0])
