@@ -9,6 +9,7 @@ from .blaming import blame_on_exhausted as blame_on_exhausted
 from .copies import weights_unchanged as weights_unchanged
 from .loss_scaling import GradScaler as GradScaler
 from .loss_scaling import LossScaleOptimizer as LossScaleOptimizer
+from .loss_scaling import LostUpdates as LostUpdates
 from .loss_scaling import ScaleEvent as ScaleEvent
 from .numerics import NumericsMonitor as NumericsMonitor
 from .rewrite import GraphExplanation as GraphExplanation

@@ -90,7 +90,7 @@ def test_masters_follow_a_float32_run_bit_for_bit(kit, stepping_case, name):
     for step in range(3):
         _feed(optimizer, step)
         _feed(bare, step)
-        optimizer._stage = type(optimizer._stage).SCALED
+        optimizer._now.stage = type(optimizer._now.stage).SCALED
         optimizer.step()
         bare.step()
     for low, exact, other in zip(net.parameters(), _exact(net), theirs.parameters(), strict=True):
@@ -198,7 +198,7 @@ def test_clipping_is_that_of_float32(kit, name, scale):
     _feed(bare, 0)
     expected = nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
     if scale == 256:
-        optimizer._stage = type(optimizer._stage).SCALED
+        optimizer._now.stage = type(optimizer._now.stage).SCALED
     optimizer.step()
     bare.step()
     torch.testing.assert_close(optimizer.last_grad_norm, expected)

@@ -2,4 +2,5 @@
 
 from .grad_scaler import GradScaler as GradScaler
 from .history import ScaleEvent as ScaleEvent
+from .lost import LostUpdates as LostUpdates
 from .optimizer import LossScaleOptimizer as LossScaleOptimizer

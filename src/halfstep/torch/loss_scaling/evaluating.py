@@ -58,7 +58,7 @@ class EvaluatedStep(ScaledStep):
         flags: list[Flag] = []
         result = None
         # gradients that were there before belong to the step too (sharpness-aware ones use them)
-        if self._ready(Gradients() if self._stage is Stage.IDLE else self._gather(), flags):
+        if self._ready(Gradients() if self._now.stage is Stage.IDLE else self._gather(), flags):
             result = step_or_restore(self.inner_optimizer, self._evaluation(closure, flags))
         if flags:
             self._record(*flags[-1])
@@ -68,8 +68,8 @@ class EvaluatedStep(ScaledStep):
         def evaluate() -> Any:
             self._unguard()
             self._leftovers.forget()
-            self._found = None
-            self._stage = Stage.IDLE
+            self._now.found = None
+            self._now.stage = Stage.IDLE
             with torch.enable_grad():
                 loss = closure()
             if not self.loss_scale.skips:
@@ -87,6 +87,6 @@ class EvaluatedStep(ScaledStep):
         verdict = self._verdict(grads)
         flag = self._agree(verdict.found, bool(grads))
         divide_(grads, verdict.divisor)
-        self._last_norm = verdict.norm if self.max_norm is not None else None
+        self._now.last_norm = verdict.norm if self.max_norm is not None else None
         flags.append(flag)
         return not flag[0].item()

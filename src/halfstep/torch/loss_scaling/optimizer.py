@@ -142,7 +142,7 @@ class LossScaleOptimizer(EvaluatedStep):
 
         Hold back a scheduler with it: ``if not optimizer.last_step_skipped: scheduler.step()``.
         """
-        return self._last_found is not None and bool(self._last_found.item())
+        return self._now.last_found is not None and bool(self._now.last_found.item())
 
     @property
     def skipped_steps(self) -> int:
@@ -155,7 +155,7 @@ class LossScaleOptimizer(EvaluatedStep):
 
         None without ``max_norm``, and before the first step.
         """
-        return self._last_norm
+        return self._now.last_norm
 
     @property
     def scale_history(self) -> list[ScaleEvent]:
@@ -211,8 +211,8 @@ class LossScaleOptimizer(EvaluatedStep):
         with self._gradients_lent(list(grads_and_params)), torch.no_grad():
             self._unguard()
             if self.loss_scale.skips:
-                self._stage = Stage.UNSCALED
-                self._found = judge(self._gather(), self._one(), None, self._home()).found
+                self._now.stage = Stage.UNSCALED
+                self._now.found = judge(self._gather(), self._one(), None, self._home()).found
             self._step(None)
 
     @contextmanager
@@ -238,8 +238,8 @@ class LossScaleOptimizer(EvaluatedStep):
         finally:
             for parameter, (grad, dtype) in zip(own, before, strict=True):
                 put_gradient(parameter, grad, dtype)
-            self._found = None
-            self._stage = Stage.IDLE
+            self._now.found = None
+            self._now.stage = Stage.IDLE
             self._leftovers.forget()  # what was lent is gone
 
     # ------------------------------------------------------------------ saving
@@ -304,7 +304,7 @@ class LossScaleOptimizer(EvaluatedStep):
 
     def _saved(self) -> checkpoint.Saved:
         state = self._state.read()
-        return checkpoint.Saved(self.loss_scale, state, self._steps, self.scale_history)
+        return checkpoint.Saved(self.loss_scale, state, self._now.steps, self.scale_history)
 
     def _load_inner(self, state_dict: dict[str, Any]) -> None:
         inner = self.inner_optimizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
@@ -56,6 +57,28 @@ class StepObserver(Protocol):
         """Take what the step found (1.0: skipped) and the packed state of the scale after it."""
 
 
+@dataclass
+class Now:
+    """Where an optimizer stands between two calls.
+
+    An object of its own, because Dynamo forgets what a compiled function assigns to an attribute
+    of an optimizer (2.13), but not to one of an object in it.
+
+    Attributes:
+        steps: calls of ``step()``.
+        stage: what the gradients are.
+        found: of unscaled gradients, what unscaling saw.
+        last_found: 1.0 if the last step was skipped.
+        last_norm: the norm of the last step's unscaled gradients, before clipping.
+    """
+
+    steps: int
+    stage: Stage = Stage.IDLE
+    found: Tensor | None = None
+    last_found: Tensor | None = None
+    last_norm: Tensor | None = None
+
+
 class ScaledStep(OptimizerProxy):
     """An optimizer in front of another one, with a loss scale between the two.
 
@@ -65,10 +88,6 @@ class ScaledStep(OptimizerProxy):
 
     max_norm: float | None
     process_group: dist.ProcessGroup | None
-    _stage: Stage
-    _found: Tensor | None  # of unscaled gradients: what unscaling saw
-    _last_found: Tensor | None
-    _last_norm: Tensor | None
 
     def _set_up(
         self,
@@ -92,9 +111,7 @@ class ScaledStep(OptimizerProxy):
     def _continue_from(self, saved: checkpoint.Saved) -> None:
         self._state = ScaleState(saved.rule, saved.state)
         self._history = History(saved.state, saved.history)
-        self._steps = saved.steps
-        self._stage = Stage.IDLE
-        self._found = self._last_found = self._last_norm = None
+        self._now = Now(saved.steps)
         self._leftovers.forget()
         self._unguard()
 
@@ -125,7 +142,7 @@ class ScaledStep(OptimizerProxy):
         if not self.loss_scale.skips:
             return loss
         outputs = over_tensors(loss, self._scaled)
-        self._stage = Stage.SCALED if self._stage is Stage.IDLE else self._stage
+        self._now.stage = Stage.SCALED if self._now.stage is Stage.IDLE else self._now.stage
         return outputs
 
     def _scaled(self, loss: Tensor) -> Tensor:
@@ -159,7 +176,7 @@ class ScaledStep(OptimizerProxy):
             LossScaleError: gradients that were never scaled. And until the step or `zero_grad`,
                 a ``backward`` that adds to the gradients raises: its own would be scaled.
         """
-        if not self.loss_scale.skips or self._stage is Stage.UNSCALED:
+        if not self.loss_scale.skips or self._now.stage is Stage.UNSCALED:
             return
         grads = self._gather()
         if not grads:
@@ -169,8 +186,8 @@ class ScaledStep(OptimizerProxy):
             self._wide.unscaled(lambda: divide_(self._gather(), verdict.divisor))
         else:
             divide_(grads, verdict.divisor)
-        self._found = verdict.found
-        self._stage = Stage.UNSCALED
+        self._now.found = verdict.found
+        self._now.stage = Stage.UNSCALED
         self._guards = refuse_more(self.inner_optimizer)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -179,8 +196,8 @@ class ScaledStep(OptimizerProxy):
         self._wide.narrow_again()
         self._leftovers.forget()
         self._unguard()
-        if self._stage is Stage.UNSCALED:
-            self._stage = Stage.IDLE
+        if self._now.stage is Stage.UNSCALED:
+            self._now.stage = Stage.IDLE
 
     # ------------------------------------------------------------------ stepping
 
@@ -194,23 +211,23 @@ class ScaledStep(OptimizerProxy):
         else:
             self._clip_and_step()
         if self._lost is not None and before is not None:
-            self._lost.after(before, self._last_found)
+            self._lost.after(before, self._now.last_found)
         self._after_step(closure)
 
     def _decide_and_step(self) -> None:
         grads = self._gather()
         if not grads and self.process_group is None:
-            self._last_found = None
+            self._now.last_found = None
             self._end()
             return
         for observer in self.observers:
-            observer.before_step(self, self._scale_now() if self._found is None else None)
+            observer.before_step(self, self._scale_now() if self._now.found is None else None)
         with self._wide.lent() if self._wide else _NOTHING:
             self._fusion.follow(grads.sparse)
         verdict = self._verdict(grads)
         found, taken = self._agree(verdict.found, bool(grads))
         self._take(grads, Skip(found), verdict.divisor)
-        self._last_norm = verdict.norm if self.max_norm is not None else None
+        self._now.last_norm = verdict.norm if self.max_norm is not None else None
         self._record(found, taken)
 
     def _take(self, grads: Gradients, skip: Skip, divisor: Tensor | None) -> None:
@@ -247,12 +264,12 @@ class ScaledStep(OptimizerProxy):
 
     def _verdict(self, grads: Gradients) -> Verdict:
         """Judge the gradients as they are: still scaled, or unscaled and perhaps changed since."""
-        if self._found is None:
+        if self._now.found is None:
             return judge(grads, self._scale_now(), self.max_norm, self._home())
         if self.max_norm is None:
-            return Verdict(self._found, None, None)
+            return Verdict(self._now.found, None, None)
         verdict = judge(grads, self._one(), self.max_norm, self._home())
-        return Verdict(torch.maximum(verdict.found, self._found), verdict.divisor, verdict.norm)
+        return Verdict(torch.maximum(verdict.found, self._now.found), verdict.divisor, verdict.norm)
 
     def _agree(self, found: Tensor, present: bool) -> Flag:
         """Take the largest flag of all ranks; a rank without gradients has nothing against it."""
@@ -263,23 +280,25 @@ class ScaledStep(OptimizerProxy):
         return flags[0], flags[1] > 0
 
     def _record(self, found: Tensor, taken: Tensor | None) -> None:
-        self._steps += 1
-        self._last_found = found
+        self._now.steps += 1
+        self._now.last_found = found
         packed = self._state.advance(found, taken)
         self._end()
         for observer in self.observers:
             observer.after_step(found, packed)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (
+            packed.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):
             return  # nothing can be read there; the counts in the state go on
-        for row in self._history.record(self._steps, packed):
+        for row in self._history.record(self._now.steps, packed):
             if self.loss_scale.exhausted(row):
                 raise LossScaleExhausted(
                     exhausted_message(self.loss_scale, row, blame(self.inner_optimizer))
                 )
 
     def _end(self) -> None:
-        self._found = None
-        self._stage = Stage.IDLE
+        self._now.found = None
+        self._now.stage = Stage.IDLE
         self._unguard()
         if torch.compiler.is_compiling():
             self._leftovers.forget()
@@ -319,7 +338,7 @@ class ScaledStep(OptimizerProxy):
         if not grads:
             return None
         verdict = judge(grads, self._one(), self.max_norm, self._home())
-        self._last_norm = verdict.norm
+        self._now.last_norm = verdict.norm
         return verdict.divisor
 
     # ------------------------------------------------------------------ small parts
@@ -344,13 +363,13 @@ class ScaledStep(OptimizerProxy):
         grads = gather(optimizer)
         if grads.low or self._wide:
             self._wide.follow()
-        if grads and self._stage is Stage.IDLE:
+        if grads and self._now.stage is Stage.IDLE:
             raise LossScaleError(
                 "There are gradients, but no loss was scaled since the last step: they would be "
                 "divided by a scale that they never had. Use optimizer.backward(loss), or "
                 "optimizer.scale(loss).backward()."
             )
-        if self._stage is Stage.SCALED:
+        if self._now.stage is Stage.SCALED:
             self._leftovers.refuse_stale()
         refuse_foreign(optimizer, grads)
         self._refuse_sharded(grads)
