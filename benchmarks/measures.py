@@ -311,8 +311,8 @@ def _to_amp(
     if style.kind not in OURS:
         return None
     styles = (training.style for training in trainings)
-    rival = next(s.name for s in styles if s.kind == "torch.amp" and s.dtype is style.dtype)
-    return _ratio(took[style.name], took[rival])
+    rivals = [s.name for s in styles if s.kind == "torch.amp" and s.dtype is style.dtype]
+    return _ratio(took[style.name], took[rivals[0]]) if rivals else None
 
 
 def _time(training: Training, steps: int) -> float:
