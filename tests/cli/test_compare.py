@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from halfstep import report
+from halfstep import RecordError, report
 from halfstep.cli.group import halfstep
+from halfstep.compare import Settings, compare
 from halfstep.core.record import read_record
 
 TINY = """
@@ -50,6 +52,29 @@ def test_a_run_writes_record_summary_and_page_and_says_where(tiny, tmp_path):
     assert summary["recipes"][0]["verdict"] in (tmp_path / "out" / "r.html").read_text()
     assert read_record("out/r.jsonl").events[-1]["status"] == "finished"
     assert sorted(os.listdir("out")) == ["r.html", "r.json", "r.jsonl"]
+
+
+def test_the_numbers_of_each_run_are_recorded_and_linked(tiny, tmp_path):
+    result = run(
+        tiny, "--no-memory", "--policies", "float32,mixed_float16", "--steps", "5",
+        "--numerics", "2", "--html", "out/r.html",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out" / "r.html").read_text()
+    links = re.findall(r'<a href="([^"]+)">(\w+)</a>', page)
+    assert [label for _, label in links] == ["float32", "mixed_float16"]
+    for link, label in links:
+        assert "Exponents over time" in (tmp_path / "out" / link).read_text()
+        record = read_record((tmp_path / "out" / link).with_suffix(".jsonl"))
+        steps = [event["step"] for event in record.events if event["event"] == "numerics"]
+        assert (record.header["kind"], steps) == ("numerics", [1, 3, 5])
+        assert (record.header["policy"] == label) == (label != "float32")
+    assert len(links) == 2
+
+
+def test_numbers_need_a_record_to_lie_beside():
+    with pytest.raises(RecordError, match="give record="):
+        compare("digits-mlp", "float32", Settings(steps=1, numerics=1))
 
 
 def test_without_a_place_only_the_record_is_left(tiny, tmp_path):

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import click
 
 from ..recipes import BUILT_IN, TEMPLATES
+from .writing import replace_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +62,12 @@ the others are compared with.
     help="Where the record goes, line by line while it runs. [default: beside --json or --html "
     "with the ending .jsonl, else runs/compare-TIME.jsonl]",
 )
+@click.option(
+    "--numerics",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Record the numbers of every N-th step, layer by layer, and link their pages.",
+)
 @click.option("--memory/--no-memory", default=True, help="Whether to measure peak memory.")
 @click.option("--new", type=click.Path(dir_okay=False), help="Write a commented recipe and stop.")
 @click.option(
@@ -78,6 +86,7 @@ def compare(
     json_file: str | None,
     html_file: str | None,
     record: str | None,
+    numerics: int | None,
     memory: bool,
     new: str | None,
     framework: str | None,
@@ -97,7 +106,7 @@ def compare(
             return
         from ..compare import Settings
 
-        settings = Settings(steps, epochs, seed, device, memory, threads)
+        settings = Settings(steps, epochs, seed, device, memory, threads, numerics)
         at = _record_path(record, json_file, html_file)
         code = _run(recipes, policies, settings, at, json_file, html_file)
     except KeyboardInterrupt:
@@ -168,11 +177,9 @@ def _write(
     summary: Summary, record: Path, json_file: str | None, html_file: str | None, console: Console
 ) -> None:
     if json_file is not None:
-        _replace(Path(json_file), json.dumps(summary, ensure_ascii=False) + "\n")
+        replace_file(Path(json_file), json.dumps(summary, ensure_ascii=False) + "\n")
     if html_file is not None:
-        from .. import report
-
-        _replace(Path(html_file), report.render(summary))
+        _write_pages(summary, record.parent, Path(html_file))
     if summary["status"] == "interrupted":
         console.print("Interrupted; this is what there was.", style="yellow")
     places = {"record": record, "summary": json_file, "page": html_file}
@@ -181,9 +188,18 @@ def _write(
             console.print(f"{what:>8}: {os.path.abspath(path)}", soft_wrap=True, markup=False)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _write_pages(summary: Summary, records: Path, at: Path) -> None:
+    """Write the page, and beside it those of the runs whose numbers were recorded."""
+    from .. import report
+
+    files = [
+        policy["numerics"]
+        for recipe in summary["recipes"]
+        for policy in recipe["policies"].values()
+    ]
+    links = {}
+    for file in (file for file in files if file is not None):
+        name = f"{at.stem}.{file.partition('.')[2]}".removesuffix(".jsonl") + ".html"
+        replace_file(at.with_name(name), report.page(records / file))
+        links[file] = quote(name)
+    replace_file(at, report.render(summary, links))

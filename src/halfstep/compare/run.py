@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..core.record import Event, Record, RecordWriter
-from ..errors import HalfstepError, RecipeError
+from ..errors import HalfstepError, RecipeError, RecordError
 from . import memory
 from .engine import Plan, Race, Trainee, plan_for
 from .frameworks import Policies, Starter, Trainer, framework_of
@@ -33,6 +35,7 @@ class Settings:
         device: None: the fastest there is.
         memory: whether to measure peak memory.
         threads: of the CPU; None: the framework's default. Small models are steadier with 1.
+        numerics: record the numbers of every so-manieth step, layer by layer; None: of none.
     """
 
     steps: int | None = None
@@ -41,6 +44,7 @@ class Settings:
     device: str | None = None
     memory: bool = True
     threads: int | None = None
+    numerics: int | None = None
 
 
 def compare(
@@ -69,13 +73,17 @@ def compare(
     Raises:
         RecipeError: a recipe that cannot be loaded, or a device that is not there.
         PolicyError: a policy that is none.
-        RecordError: a record that cannot be written.
+        RecordError: a record that cannot be written, or numerics without a record to lie beside.
 
     >>> summary = compare("digits-mlp", "float32", Settings(steps=2, memory=False))
     >>> summary["status"], summary["recipes"][0]["policies"]["float32"]["steps"]
     ('finished', 2)
     """
     settings = settings or Settings()
+    if settings.numerics is not None and record is None:
+        raise RecordError(
+            "compare(numerics=...): give record=, the numbers are recorded beside it."
+        )
     chosen = policies if isinstance(policies, Mapping) else parse_policies(policies or DEFAULT)
     several = [recipes] if isinstance(recipes, (str, Recipe)) else list(recipes)
     loaded = [each if isinstance(each, Recipe) else load_recipe(each) for each in several]
@@ -89,7 +97,8 @@ def compare(
         sinks: list[Callable[[Event], None]] = []
         if record is not None:
             sinks.append(stack.enter_context(RecordWriter(record, "compare", **header)).write)
-        run = _Run(chosen, settings, [*sinks, on_event or _ignore])
+        beside = None if record is None else Path(record)
+        run = _Run(chosen, settings, [*sinks, on_event or _ignore], beside)
         (on_event or _ignore)({"event": "header", "kind": "compare", **header})
         run.all(zip(loaded, trainers, devices, strict=True))
     return summarise(Record({"event": "header", "kind": "compare", **header}, run.events))
@@ -132,9 +141,10 @@ class _Run:
         policies: Policies,
         settings: Settings,
         sinks: Iterable[Callable[[Event], None]],
+        beside: Path | None = None,
     ) -> None:
         self._policies, self._settings = policies, settings
-        self._sinks = list(sinks)
+        self._sinks, self._beside = list(sinks), beside
         self.events: list[Event] = []
 
     def emit(self, event: Event) -> None:
@@ -170,7 +180,25 @@ class _Run:
             for found in start.measure_memory(self._policies, memory.STEPS):
                 self.emit({"event": "memory", "recipe": recipe.name, **found})
         trainees = self._start(recipe, start)
-        Race(recipe, trainees, plan, self.emit).run()
+        with ExitStack() as watching:
+            for label, trainee in trainees.items():
+                self._watch(watching, recipe, label, trainee)
+            Race(recipe, trainees, plan, self.emit).run()
+
+    def _watch(self, until: ExitStack, recipe: Recipe, label: str, trainee: Trainee) -> None:
+        every = self._settings.numerics
+        if every is None or self._beside is None:
+            return
+        at = {"recipe": recipe.name, "policy": label}
+        watched = getattr(trainee, "watched", None)
+        if watched is None:
+            text = f"the numbers of {recipe.framework} recipes cannot be recorded yet"
+            self.emit({"event": "note", **at, "text": text})
+            return
+        name = re.sub(r"[^\w.-]+", "-", f"{self._beside.stem}.{recipe.name}.{label}")
+        path = self._beside.with_name(f"{name}.numerics.jsonl")
+        until.enter_context(watched(path, every))
+        self.emit({"event": "numerics_record", **at, "file": path.name})
 
     def _start(self, recipe: Recipe, start: Starter) -> dict[str, Trainee]:
         """Make every policy's model; one that cannot be made leaves the others alone."""

@@ -51,6 +51,7 @@ class PolicyResult(TypedDict):
     """What came of one policy.
 
     ``status`` is ``finished``, ``diverged``, ``failed`` or ``unfinished`` (the run was stopped).
+    ``numerics`` is the file of the record of its numbers, beside that of the comparison.
     """
 
     status: str
@@ -66,6 +67,7 @@ class PolicyResult(TypedDict):
     final_loss: float | None
     skipped: int
     notes: list[str]
+    numerics: str | None
     losses: list[float | None]
     skipped_at: list[int]
     scale: list[tuple[int, float]]
@@ -259,6 +261,7 @@ def _policy_result(
         final_loss=_final_loss(steps),
         skipped=sum(e["skipped"] for e in steps),
         notes=[e["text"] for e in _of(events, "note", label)],
+        numerics=next((e["file"] for e in _of(events, "numerics_record", label)), None),
         losses=[_finite(e["loss"]) for e in steps],
         skipped_at=[e["step"] for e in steps if e["skipped"]],
         scale=_changes(steps),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,7 @@ class PlainOptimizer:
     current_scale = None
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.inner_optimizer = optimizer
         self.zero_grad: Callable[[], None] = optimizer.zero_grad
         self.step: Callable[[], Any] = optimizer.step
 
@@ -160,6 +162,14 @@ class TorchTrainee:
                     warning.message, warning.category, warning.filename, warning.lineno
                 )
         return door.LossScaleOptimizer(self._recipe.call("make_optimizer", self._model))
+
+    def watched(self, record: str | os.PathLike[str], every: int) -> AbstractContextManager[object]:
+        """Return what records the numbers of every so-manieth step meanwhile."""
+        from ..torch.numerics import NumericsMonitor
+
+        plain = isinstance(self._optimizer, PlainOptimizer)
+        optimizer = self._optimizer.inner_optimizer if plain else self._optimizer
+        return NumericsMonitor(self._model, optimizer, every, record)
 
     def step(self, batch: Any, seed: int) -> StepResult:
         """Train on one batch and time it: zero_grad, forward, backward, update."""

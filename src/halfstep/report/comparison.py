@@ -48,17 +48,20 @@ def _check(summary: Any, where: str) -> None:
         )
 
 
-def render(summary: Summary) -> str:
+def render(summary: Summary, links: Mapping[str, str] | None = None) -> str:
     """Return the page of a summary: one HTML file that loads nothing from anywhere.
 
     Args:
         summary: what :func:`halfstep.compare.compare` or :func:`load` returned.
+        links: where the pages of the runs' numbers are, by the file of their record.
 
     Raises:
         RecordError: a dict that is no summary, or of a newer version.
     """
     _check(summary, "report.render")
-    sections = [_section(recipe, place) for place, recipe in enumerate(summary["recipes"])]
+    sections = [
+        _section(recipe, place, links or {}) for place, recipe in enumerate(summary["recipes"])
+    ]
     every = [plot for section in sections for plot in section["plots"]]
     return environment().get_template("compare.html.j2").render(
         summary=summary,
@@ -70,7 +73,7 @@ def render(summary: Summary) -> str:
     )  # fmt: skip
 
 
-def _section(recipe: RecipeResult, place: int) -> dict[str, Any]:
+def _section(recipe: RecipeResult, place: int, links: Mapping[str, str]) -> dict[str, Any]:
     methods = dict.fromkeys(
         policy["memory"]["method"] for policy in recipe["policies"].values() if policy["memory"]
     )
@@ -88,6 +91,11 @@ def _section(recipe: RecipeResult, place: int) -> dict[str, Any]:
         "plots": plots(recipe, f"plot-{place}"),
         "memory_method": ", ".join(methods),
         "notes": notes,
+        "links": {
+            label: links[file]
+            for label, policy in recipe["policies"].items()
+            if (file := policy.get("numerics")) is not None and file in links
+        },
         "noise": any(
             policy["memory"] is not None and policy["memory"]["within_noise"]
             for label, policy in recipe["policies"].items()
