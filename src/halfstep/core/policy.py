@@ -171,24 +171,6 @@ PolicyLike: TypeAlias = "Policy | PolicyMap | str"
 """A policy, a policy map, or a policy's name."""
 
 
-def plain_update(policy: Policy, where: str) -> Policy:
-    """Return a policy that any optimizer can carry out; for doors that have none that knows more.
-
-    Raises:
-        PolicyError: ``master_*`` or ``kahan_*``.
-
-    >>> plain_update(Policy("mixed_bfloat16"), "here")
-    Policy('mixed_bfloat16')
-    """
-    if policy.update == "plain":
-        return policy
-    raise PolicyError(
-        f"{where}: the policy {policy.name!r} needs an optimizer that keeps more than its "
-        f"{policy.variable_dtype} variables, which only halfstep.torch's LossScaleOptimizer does. "
-        f"Use 'mixed_{policy.compute_dtype}' here: float32 variables that compute the same."
-    )
-
-
 def as_policy(value: Policy | str) -> Policy:
     """Return the policy that a name or a policy stands for.
 
