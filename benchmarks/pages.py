@@ -303,9 +303,9 @@ def page(results: Row, gpus: Sequence[str] = ()) -> str:
 
 STEPS = """
 Each row is compared with float32 and with `torch.amp` in its own dtype, in the same table. Made by
-`python -m benchmarks --part steps`; one table by `--only NAME`. The LSTM in float32 is one kernel of
-oneDNN, which has a 16-bit one for AVX-512 only: without it `torch.amp` fails, and halfstep's LSTM
-runs as the small operations that it is made of."""
+`python -m benchmarks --part steps`; one table by `--only NAME`. The LSTM in float32 is one kernel
+of oneDNN, which has a 16-bit one for AVX-512 only: without it `torch.amp` fails, and halfstep's
+LSTM runs as the small operations that it is made of."""
 
 HOST_TIME = """
 Models so small that a step is what the host does: Python, dispatch and launches. A GPU that waits
