@@ -25,6 +25,7 @@ PUBLIC = {
         "LossScaleError",
         "LossScaleExhausted",
         "LossScaleState",
+        "LossScaleWarning",
         "NoLossScale",
         "Policy",
         "PolicyError",

@@ -31,6 +31,7 @@ from .errors import AdviceError as AdviceError
 from .errors import HalfstepError as HalfstepError
 from .errors import LossScaleError as LossScaleError
 from .errors import LossScaleExhausted as LossScaleExhausted
+from .errors import LossScaleWarning as LossScaleWarning
 from .errors import PolicyError as PolicyError
 from .errors import PolicyWarning as PolicyWarning
 from .errors import RecipeError as RecipeError
@@ -56,6 +57,7 @@ __all__ = [
     "LossScaleError",
     "LossScaleExhausted",
     "LossScaleState",
+    "LossScaleWarning",
     "NoLossScale",
     "Policy",
     "PolicyError",
