@@ -41,7 +41,9 @@ def read(module: nn.Module, value: Any) -> Any:
         return value
     if copies is None:
         return value.to(plan.compute)
-    return _recast(copies, value, plan) if is_sharded(module) else copies.make(value, plan.compute)
+    # what a parametrization or a hook computed is nobody's to free
+    gathered = is_sharded(module) and isinstance(value, nn.Parameter)
+    return _recast(copies, value, plan) if gathered else copies.make(value, plan.compute)
 
 
 def _recast(copies: WeightCopies, value: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
