@@ -222,12 +222,11 @@ class WeightCopies:
             return []
         group = self._groups.find(weight, dtype)
         # without a parameter that was frozen, thawed, moved or given another dtype since
+        trained, stored, device = weight.requires_grad, weight.dtype, weight.device
         return [
             other
             for other in group
-            if other.requires_grad == weight.requires_grad
-            and other.dtype == weight.dtype
-            and other.device == weight.device
+            if other.requires_grad is trained and other.dtype is stored and other.device == device
         ]
 
     def written_to(self) -> list[torch.Tensor]:
