@@ -73,7 +73,7 @@ def scaled_step(workload: Workload, style: Style, device: str) -> str:
     with scaled.forward(device):
         loss = workload.loss(training.model(inputs), targets)
     training.optimizing.backward(loss)
-    step = torch.compile(training.optimizing.step, backend="eager", fullgraph=True)
+    step = torch.compile(training.optimizing.update, backend="eager", fullgraph=True)
     try:
         step()
     except Exception as error:  # noqa: BLE001  (what Dynamo raises is no public class)

@@ -138,10 +138,14 @@ class Plain:
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self) -> None:
+    def update(self) -> None:
+        """What follows the backward pass, but for clearing the gradients."""
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_(_parameters(self.optimizer), self.max_norm)
         self.optimizer.step()
+
+    def step(self) -> None:
+        self.update()
         self.optimizer.zero_grad()
 
 
@@ -157,13 +161,12 @@ class Amp(Plain):
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def step(self) -> None:
+    def update(self) -> None:
         if self.max_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(_parameters(self.optimizer), self.max_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
 
 
 class Halfstep(Plain):
