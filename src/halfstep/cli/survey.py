@@ -76,7 +76,8 @@ def _physical(tf: Any) -> list[Any]:
 
 
 def _keras_sees(keras: Any) -> str:
-    return f"through its backend {keras.config.backend()}"
+    policy = keras.config.dtype_policy()
+    return f"through its backend {keras.config.backend()}; dtype policy {policy.name}"
 
 
 _SEES: dict[str, Callable[[Any], str]] = {

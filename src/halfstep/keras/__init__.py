@@ -13,6 +13,13 @@ from .checks import check_model as check_model
 from .global_policy import global_policy as global_policy
 from .global_policy import policy_scope as policy_scope
 from .global_policy import set_global_policy as set_global_policy
+from .graph_rewrite import (
+    disable_mixed_precision_graph_rewrite as disable_mixed_precision_graph_rewrite,
+)
+from .graph_rewrite import (
+    enable_mixed_precision_graph_rewrite as enable_mixed_precision_graph_rewrite,
+)
+from .history import LossScaleHistory as LossScaleHistory
 from .loss_scale import DynamicLossScale as DynamicLossScale
 from .loss_scale import FixedLossScale as FixedLossScale
 from .loss_scale import LossScale as LossScale

@@ -101,7 +101,7 @@ def _sentence(text: str) -> str:
 def late_layers(model: Any) -> list[Any]:
     """Return the layers that took an earlier global policy, and would compute in 16 bits now."""
     now = global_policy()
-    if not _is_low(now):
+    if not is_low(now):
         return []
     found = []
     for layer, path in _internals.parts_of(model).items():
@@ -115,7 +115,8 @@ def late_layers(model: Any) -> list[Any]:
     return found
 
 
-def _is_low(policy: Any) -> bool:
+def is_low(policy: Any) -> bool:
+    """Whether a policy or a map, ours or Keras' own, computes anything in 16 bits."""
     overrides = policy.rule.overrides.values() if isinstance(policy, PolicyMap) else ()
     policies = [policy, *overrides]
     return any(one.compute_dtype in _LOW for one in policies)

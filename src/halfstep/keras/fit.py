@@ -18,6 +18,7 @@ import keras
 
 from ..errors import LossScaleError, LossScaleWarning
 from . import _internals
+from .history import release
 from .loss_scale import DynamicLossScale, FixedLossScale, LossScale
 from .optimizer import LossScaleOptimizer
 from .watch import WatchedFunction
@@ -66,6 +67,7 @@ def _compiling(original: Callable[..., None]) -> Callable[..., None]:
 def _watching(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def make_train_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+        release(self)
         result = original(self, *args, **kwargs)
         if isinstance(self.train_function, (WatchedFunction, _FirstStep)):
             return result

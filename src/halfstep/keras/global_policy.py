@@ -10,7 +10,7 @@ for Keras and for the thread that said it. What Keras was told inside a scope en
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeAlias
@@ -25,6 +25,9 @@ from .policy import NAMES, PLAIN, Policy, PolicyLike, PolicyMap, as_policy
 KerasPolicy: TypeAlias = Any
 """A policy of any kind, ours or of Keras itself."""
 
+Refusal: TypeAlias = Callable[[KerasPolicy], None]
+"""Raises at a policy that must not become the global one now."""
+
 _WORDS = "halfstep_dtype_policies"
 
 _lock = threading.RLock()
@@ -32,6 +35,19 @@ _lock = threading.RLock()
 _made: WeakKeyDictionary[Setting, Policy | PolicyMap] = WeakKeyDictionary()
 # policies that layers were given because nobody named one, by identity: many cannot be hashed
 _defaults: WeakValueDictionary[int, KerasPolicy] = WeakValueDictionary()
+
+_refusals: list[Refusal] = []
+
+
+def refuse_policies(refusal: Refusal | None) -> None:
+    """Ask ``refusal`` before a policy becomes the global one, from now on; None for no longer."""
+    _refusals[:] = [] if refusal is None else [refusal]
+
+
+def _allowed(policy: KerasPolicy) -> KerasPolicy:
+    for refuse in _refusals:
+        refuse(policy)
+    return policy
 
 
 def _policy_of(setting: Setting) -> Policy | PolicyMap:
@@ -86,6 +102,7 @@ class _Store:
         if name != _internals.ATTRIBUTE:
             _internals.tracker().set_global_attribute(name, value)
             return
+        _allowed(value)
         setting = current_setting()
         self._words()[setting] = value if setting.scoped else _note_default(value)
 
@@ -133,7 +150,7 @@ def set_global_policy(policy: PolicyLike) -> None:
     <Policy "mixed_bfloat16", loss_scale=None>
     >>> set_global_policy("float32")
     """
-    made = as_policy(policy)
+    made = _allowed(as_policy(policy))
     setting = Setting(made.rule)
     with _lock:
         _made[setting] = made
@@ -148,7 +165,7 @@ def policy_scope(policy: PolicyLike) -> Iterator[Policy | PolicyMap]:
     ...     keras.layers.Dense(1).compute_dtype
     'bfloat16'
     """
-    made = as_policy(policy)
+    made = _allowed(as_policy(policy))
     setting = Setting(made.rule, scoped=True)
     with _lock:
         _made[setting] = made
