@@ -182,10 +182,10 @@ REASONS: tuple[str, ...] = (
     "small tensor operations, where `GradScaler` has a kernel for each and reads the verdict on "
     "the host.",
     "Not explained: the host's part, (1) or (2), is smaller than this difference.",
-    "Each RMSNorm gets 16 bits, and torch's rms_norm is made of small operations on a CPU, which cast "
-    "them to float32 and back (8 + 8 casts here); a GPU has one kernel for it. With the default the "
-    "residual stream of this model, whose inputs are float32, stays float32, so that torch.amp casts "
-    "nothing there; functional='compute' needs fewer bytes.",
+    "Each RMSNorm gets 16 bits, and torch's rms_norm is made of small operations on a CPU, which "
+    "cast them to float32 and back (8 + 8 casts here); a GPU has one kernel for it. With the "
+    "default the residual stream of this model, whose inputs are float32, stays float32, so that "
+    "torch.amp casts nothing there; functional='compute' needs fewer bytes.",
 )
 """Why halfstep is slower or needs more."""
 
