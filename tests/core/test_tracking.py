@@ -16,13 +16,14 @@ def test_a_curve_tracks_itself(losses):
     assert compare_losses(losses, losses, tolerance=0).tracks
 
 
-@given(curves, st.floats(0, 0.2), st.booleans())
+# a share that float64 can tell from rounding, or none
+@given(curves, st.just(0.0) | st.floats(1e-6, 0.2), st.booleans())
 def test_a_curve_off_by_a_share_tracks_within_that_share_only(losses, share, lower):
     factor = 1 - share if lower else 1 + share
     off = [loss * factor for loss in losses]
     assert compare_losses(off, losses, tolerance=share + 1e-6).tracks
     found = compare_losses(off, losses, tolerance=share / 2)
-    assert found.tracks == (share < 1e-12)
+    assert found.tracks == (share == 0)
     assert found.deviation == pytest.approx(share, abs=1e-9)
 
 
