@@ -1,6 +1,7 @@
 """Sphinx: MyST pages, the furo theme, autodoc from the installed package; no network."""
 
 import inspect
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from sphinx.application import Sphinx
 import halfstep
 
 sys.path.insert(0, str(Path(__file__).parent))  # tables.py
+os.environ.setdefault("KERAS_BACKEND", "torch")  # autodoc imports the Keras door
 
 project = "halfstep"
 author = "The halfstep authors"
