@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.policy import Policy, PolicyMap
 from ..errors import RecipeError, nearest
+from . import keras_data
 
 if TYPE_CHECKING:
     from .engine import Trainee
@@ -86,11 +87,13 @@ class Framework:
         functions: from a recipe's module to the functions that it must have.
         trainer: imports what trains such recipes.
         optional: the functions that it may have.
+        defaults: what stands for a function that a recipe leaves out; called with the recipe first.
     """
 
     functions: Callable[[types.ModuleType], Functions]
     trainer: Callable[[], Trainer]
     optional: Functions = field(default_factory=dict)
+    defaults: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 _BATCHES = Function(("epoch", "seed"), "an iterable of the training batches of one epoch")
@@ -122,6 +125,27 @@ _JAX_WITH_STATE: Functions = {
     "evaluate": Function(("params", "state"), _METRICS),
 }
 
+_KERAS_MODEL: Functions = {"make_model": Function((), "a new model, compiled, the same each time")}
+
+_KERAS: Functions = {
+    **_KERAS_MODEL,
+    "data": Function((), "(x_train, y_train, x_test, y_test), arrays"),
+}
+
+_KERAS_BY_BATCH: Functions = {
+    **_KERAS_MODEL,
+    "batches": _BATCHES,
+    "evaluate": Function(("model",), _METRICS),
+}
+
+
+def _keras_functions(module: types.ModuleType) -> Functions:
+    """Batches and metrics follow from ``data``; without it the recipe says both itself."""
+    own = {name: it for name, it in _KERAS_BY_BATCH.items() if hasattr(module, name)}
+    by_batch = hasattr(module, "batches") and not hasattr(module, "data")
+    return _KERAS_BY_BATCH if by_batch else {**_KERAS, **own}
+
+
 STATE = "init_state"
 """The function of a JAX recipe whose model has state that is not trained."""
 
@@ -138,12 +162,23 @@ def _jax() -> Trainer:
     return jax_trainee
 
 
+def _keras() -> Trainer:
+    from . import keras_trainee
+
+    return keras_trainee
+
+
 FRAMEWORKS: dict[str, Framework] = {
     "torch": Framework(lambda _: _TORCH, _torch),
     "jax": Framework(
         lambda module: _JAX_WITH_STATE if hasattr(module, STATE) else _JAX,
         _jax,
         {STATE: Function(("key",), "the model's state that is not trained, a pytree of arrays")},
+    ),
+    "keras": Framework(
+        _keras_functions,
+        _keras,
+        defaults={"batches": keras_data.batches, "evaluate": keras_data.evaluate},
     ),
 }
 """What trains a recipe, by the recipe's FRAMEWORK."""

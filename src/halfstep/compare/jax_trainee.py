@@ -315,7 +315,7 @@ class Starter:
                 reason = f"{type(error).__name__}: {error}"
                 yield {"policy": label, "error": reason, "method": METHOD}
                 continue
-            yield {"policy": label, **_planned(run.memory_analysis())}
+            yield {"policy": label, **planned(run.memory_analysis())}
 
 
 def starter(recipe: Recipe, device: str, seed: int) -> Starter:
@@ -323,7 +323,8 @@ def starter(recipe: Recipe, device: str, seed: int) -> Starter:
     return Starter(recipe, device, seed)
 
 
-def _planned(plan: Any) -> Mapping[str, Any]:
+def planned(plan: Any) -> Mapping[str, Any]:
+    """Return a measurement, without its label, from XLA's plan of a compiled step."""
     if plan is None:
         return {"error": "this backend of XLA does not tell its plan", "method": METHOD}
     count = (

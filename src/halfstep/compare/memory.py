@@ -16,6 +16,8 @@ measurement is a process of its own, and the peak is ``resource.ru_maxrss``. A r
 rough measure. Each policy is measured several times, and the spread says how small a difference
 can be told from noise.
 
+*Keras*: as its backend, see ``keras_memory``.
+
 *JAX*: XLA plans every buffer of the compiled training step in advance; the plan is exact and the
 same each time (``measure_memory`` in ``jax_trainee``). A process's resident set would mostly be the
 compiler's.
@@ -73,23 +75,32 @@ def train(recipe: Recipe, policy: Policy | PolicyMap, device: str, seed: int, st
 
 
 def measure_in_children(
-    recipe: Recipe, policies: Policies, device: str, seed: int, steps: int
+    recipe: Recipe, policies: Policies, device: str, seed: int, steps: int, *, forks: bool = True
 ) -> Iterator[dict[str, Any]]:
     """Start the program below, once where it can fork, else once for each measurement.
 
-    It forks after the recipe was imported, so it is for torch alone.
-    """
-    import torch
+    It forks after the recipe was imported.
 
-    rounds = [list(policies)] if _can_fork() else [[label] for label in policies] * REPEATS
+    Args:
+        recipe: what is trained.
+        policies: by their labels.
+        device: the CPU, by the framework's name of it.
+        seed: of weights and batches.
+        steps: of one measurement.
+        forks: False where what trains it does not survive a fork; each policy is measured once
+            then, since starting such a framework takes longer than the measurement.
+    """
+    in_turn = [[label] for label in policies]
+    rounds = [list(policies)] if forks and _can_fork() else in_turn * (REPEATS if forks else 1)
     for labels in rounds:
         job = {
             "recipe": str(recipe.file),
             "device": device,
             "seed": seed,
             "steps": steps,
-            "threads": torch.get_num_threads(),
-            "repeats": REPEATS if _can_fork() else 1,
+            "threads": _torch_threads() if forks else None,
+            "forks": forks and _can_fork(),
+            "repeats": REPEATS if forks and _can_fork() else 1,
             "policies": {label: policies[label].get_config() for label in labels},
         }
         yield from _run_program(job)
@@ -121,6 +132,19 @@ def _run_program(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"policy": label, "error": reason, "method": "resident set"}
 
 
+def _torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _set_torch_threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
 def _can_fork() -> bool:
     return sys.platform == "linux" and Path("/proc/self/status").exists()
 
@@ -131,27 +155,25 @@ def main() -> None:
     # what a recipe prints must not land between the results
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    import torch
-
     # a pool of OpenMP threads does not survive a fork; one thread needs no pool
-    torch.set_num_threads(1)
+    _set_torch_threads(1 if job["forks"] else job["threads"])
     recipe = load_recipe(job["recipe"])
     recipe.call("setup", job["seed"], job["device"])
     policies = {label: policy_from_config(config) for label, config in job["policies"].items()}
-    _import_all()
-    measure_here = _in_fork if _can_fork() else _report
+    _IMPORT_ALL[recipe.framework]()
+    measure_here = _in_fork if job["forks"] else _report
     for _ in range(job["repeats"]):
         for label, policy in policies.items():
 
             def few_steps(policy: Policy | PolicyMap = policy) -> None:
-                torch.set_num_threads(job["threads"])
+                _set_torch_threads(job["threads"])
                 train(recipe, policy, job["device"], job["seed"], job["steps"])
 
             results.write(json.dumps({"policy": label, **measure_here(few_steps)}) + "\n")
             results.flush()
 
 
-def _import_all() -> None:
+def _import_torch() -> None:
     """Train a model of a few numbers, so that what torch imports at its first step is there.
 
     That is about 60 MiB of Python, which would be counted as the memory of the first model.
@@ -164,6 +186,23 @@ def _import_all() -> None:
     optimizer = door.LossScaleOptimizer(torch.optim.Adam(model.parameters()))
     optimizer.backward(model(torch.ones(1, 2)).sum())
     optimizer.step()
+
+
+def _import_keras() -> None:
+    """The same for Keras and its backend."""
+    import keras
+
+    import halfstep.keras as door
+
+    with door.policy_scope("mixed_float16"):
+        layers = [keras.Input((2,)), keras.layers.Dense(2), keras.layers.Softmax(dtype="float32")]
+        model = keras.Sequential(layers)
+    model.compile("adam", "mse")
+    ones = keras.ops.ones((1, 2))
+    model.train_on_batch(ones, ones)
+
+
+_IMPORT_ALL: dict[str, Callable[[], None]] = {"torch": _import_torch, "keras": _import_keras}
 
 
 def _in_fork(train: Callable[[], None]) -> dict[str, Any]:

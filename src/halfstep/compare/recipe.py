@@ -29,7 +29,20 @@ A JAX recipe says ``FRAMEWORK = "jax"`` and holds instead:
                                        loss and the new state, and ``evaluate(params, state)``
 ====================================== =======================================================
 
-and, optional, in both:
+A Keras recipe says ``FRAMEWORK = "keras"`` and holds instead:
+
+====================================== =======================================================
+``make_model() -> keras.Model``        a new model, compiled. The policy is the global one while
+                                       this runs
+``data() -> (x_train, y_train,``       arrays, or dicts and tuples of them; batches of
+``x_test, y_test)``                    ``BATCH_SIZE`` (32) are drawn from them, and
+                                       ``model.evaluate`` gives the metrics
+``batches(epoch, seed) -> iterable``   instead of ``data``, or beside it: ``(x, y)`` or
+                                       ``(x, y, sample_weight)`` each
+``evaluate(model) -> dict``            likewise
+====================================== =======================================================
+
+and, optional, in all of them:
 
 ===================================== =======================================================
 ``setup(seed, device) -> str | None`` runs once, before all else; what it returns is a note that
@@ -41,7 +54,7 @@ and, optional, in both:
                                       first are the same; 0.01. A metric with ``examples`` is judged
                                       by its binomial standard error instead
 ``TITLE``                             one line for the page; else the file's first line
-``FRAMEWORK``                         ``"torch"`` (the default) or ``"jax"``
+``FRAMEWORK``                         ``"torch"`` (the default), ``"jax"`` or ``"keras"``
 ===================================== =======================================================
 """
 
@@ -65,6 +78,7 @@ _OPTIONAL = {"setup": Function(("seed", "device"), "None, or a note to show with
 _CONSTANTS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "TITLE": (str, "a string"),
     "FRAMEWORK": (str, "a string"),
+    "BATCH_SIZE": (int, "a whole number above 0"),
     "STEPS": (int, "a whole number above 0"),
     "EPOCHS": (int, "a whole number above 0"),
     "METRIC": (str, "a key of the dict that evaluate() returns"),
@@ -121,7 +135,10 @@ class Recipe:
             RecipeError: from an error inside, with its place in the recipe.
         """
         found: Callable[..., Any] | None = getattr(self.module, function, None)
-        return found(*arguments) if found is not None else None
+        if found is not None:
+            return found(*arguments)
+        default = framework_of(self).defaults.get(function)
+        return default(self, *arguments) if default is not None else None
 
     def where(self, error: BaseException) -> str:
         """Return the place of an error, as deep inside this recipe's file as its traceback goes.
@@ -137,7 +154,7 @@ class Recipe:
 
 
 def _in_range(name: str, value: Any) -> bool:
-    if name in ("STEPS", "EPOCHS"):
+    if name in ("BATCH_SIZE", "STEPS", "EPOCHS"):
         return bool(value > 0)
     if name == "SAME_WITHIN":
         return bool(value >= 0)
@@ -243,7 +260,7 @@ def write_template(path: str | os.PathLike[str], framework: str = "torch") -> Pa
 
     Args:
         path: where to.
-        framework: ``"torch"`` or ``"jax"``.
+        framework: ``"torch"``, ``"jax"`` or ``"keras"``.
 
     Raises:
         RecipeError: the file is there already (it is left alone), or cannot be written.

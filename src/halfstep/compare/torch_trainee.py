@@ -264,7 +264,7 @@ class Starter:
     def measure_memory(self, policies: Policies, steps: int) -> Iterator[dict[str, Any]]:
         """Yield the allocator's peak on CUDA, else the peaks of children's resident sets."""
         on_cuda = self._device.startswith("cuda")
-        run = _measure_on_cuda if on_cuda else memory.measure_in_children
+        run = measure_on_cuda if on_cuda else memory.measure_in_children
         yield from run(self._recipe, policies, self._device, self._seed, steps)
 
 
@@ -273,9 +273,10 @@ def starter(recipe: Recipe, device: str, seed: int) -> Starter:
     return Starter(recipe, device, seed)
 
 
-def _measure_on_cuda(
+def measure_on_cuda(
     recipe: Recipe, policies: Policies, device: str, seed: int, steps: int
 ) -> Iterator[dict[str, Any]]:
+    """Yield the allocator's peak over a few steps of each policy."""
     method = "peak of the CUDA allocator"
     for label, policy in policies.items():
         gc.collect()
