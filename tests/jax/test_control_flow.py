@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from halfstep import PolicyMap
 from halfstep.jax import NotTraceableError, autocast
 
 X = jax.random.normal(jax.random.key(0), (4, 8))
@@ -141,6 +142,24 @@ def test_custom_jvp(far, check_all_ways):
     assert far((value, tangent), jax.jvp(loss, (X,), (X,))) < 0.03
 
 
+def test_vmap_of_a_while_loop_that_ends_at_another_time_for_each_example(far, products):
+    def halve(x):
+        return jax.lax.while_loop(
+            lambda c: jnp.abs(c[1]).max() > 0.2,
+            lambda c: (c[0] + 1, jnp.tanh(c[1] @ W) / 2),
+            (0, x),
+        )
+
+    starts = X * jnp.array([[0.01], [1.0], [4.0], [20.0]])[: len(X)]
+    counts, expected = jax.vmap(halve)(starts)
+    assert len(set(counts.tolist())) > 1
+    for way in (autocast(jax.vmap(halve)), jax.vmap(autocast(halve))):
+        found_counts, found = way(starts)
+        assert found_counts.tolist() == counts.tolist()
+        assert 0 < far(found, expected) < 0.03
+        assert products(way, starts) == (1, 1)
+
+
 def make_custom_vjp(symbolic_zeros=False):
     def product(x, w, times, scale):
         return jnp.sin(x @ w) * times, scale
@@ -173,6 +192,30 @@ def test_custom_vjp_with_static_and_integer_arguments(check_all_ways, symbolic_z
         return (y**2).mean() * count
 
     check_all_ways(loss, W, X)
+
+
+def test_custom_vjp_takes_an_integer_argument_of_the_function(far):
+    rows = jax.custom_vjp(lambda x, w, ids: (x @ w)[ids])
+    rows.defvjp(
+        lambda x, w, ids: (rows(x, w, ids), (x, w, ids)),
+        lambda saved, g: (
+            jnp.zeros_like(saved[0]).at[saved[2]].add(g @ saved[1].T),
+            saved[0][saved[2]].T @ g,
+            np.zeros(saved[2].shape, jax.dtypes.float0),
+        ),
+    )
+
+    def loss(w, x, ids):
+        with jax.named_scope("rows"):
+            return (rows(jnp.tanh(x @ w), w, ids) ** 2).mean()
+
+    ids = jnp.array([1, 0, 1])
+    expected = jax.grad(loss)(W, X, ids)
+    assert 0 < far(jax.grad(autocast(loss))(W, X, ids), expected) < 0.03
+    assert 0 < far(autocast(jax.grad(loss))(W, X, ids), expected) < 0.03
+    # the integer argument has a path like any other
+    kept = PolicyMap("mixed_bfloat16", {"ids": "float32"})
+    assert far(jax.grad(autocast(loss, kept))(W, X, ids), expected) > 0
 
 
 def test_custom_vjp_inside_of_a_scan_keeps_16_bit_residuals(check_all_ways, equations):

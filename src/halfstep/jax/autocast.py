@@ -225,7 +225,7 @@ def _prepare(settings: _Settings, args: Sequence[Any], kwargs: Mapping[str, Any]
     present = {about.equation.primitive.name for about in program.about.values()}
     OPERATIONS.check_known("autocast(allow", settings.allow, present)
     OPERATIONS.check_known("autocast(deny", settings.deny, present)
-    scopes = ScopePolicies(settings.policies, program.places.values())
+    scopes = ScopePolicies(settings.policies, [*program.places.values(), *program.rules])
     low_dtype = scopes.low_dtype
     if low_dtype is None:
         return _Prepared(call, None, ())

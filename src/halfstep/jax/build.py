@@ -43,7 +43,7 @@ def build(
     region = builder.region(closed, args, (), args)
     return Program(
         builder.graph, builder.slots, builder.constants, region, builder.about, builder.places,
-        builder.foreign_products,
+        builder.rules, builder.foreign_products,
     )  # fmt: skip
 
 
@@ -55,6 +55,7 @@ class _Builder:
         self.constants: dict[int, Any] = {}
         self.about: dict[int, About] = {}
         self.places: dict[int, Place] = {}
+        self.rules: list[Place] = []
         self.paths: dict[int, str] = {}
         self.foreign_products: set[str] = set()
         self.trips = 1
@@ -352,6 +353,7 @@ def _linked(
             inside = [builder.slot(var.aval) for var in body.jaxpr.invars[consts:]]
             builder.same(call.args[consts:], inside)
             region = builder.region(body, [*call.args[:consts], *inside], call.names, inside)
+        builder.rules.append(call.place)
         results = call.outputs(builder)
         links = {
             "args": tuple(

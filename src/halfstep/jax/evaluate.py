@@ -224,17 +224,31 @@ def _run_while(frame: Frame, step: Step) -> list[Any]:
     carry = step.links["carry"]
     frame.hoist(step)
 
-    def condition(state: Iterable[Any]) -> Any:
+    def goes_on(state: Iterable[Any]) -> Any:
         inner = Frame(frame.painted, frame)
         inner.run(tests, state)
         return inner.read(tests.outs[0], False)
 
-    def iterate(state: Iterable[Any]) -> list[Any]:
+    def iterate(state: Sequence[Any]) -> list[Any]:
         inner = Frame(frame.painted, frame)
         inner.run(region, state)
-        return inner.links(carry, 1)
+        new = inner.links(carry, 1)
+        return new if rank == 0 else _where_it_goes_on(goes_on(state), new, state)
 
+    # under vmap a loop has a condition per example: it ends with the last of them
+    rank = len(frame.painted.program.slots[tests.outs[0]].aval.shape)
+    condition = goes_on if rank == 0 else lambda state: goes_on(state).any()
     return list(jax.lax.while_loop(condition, iterate, frame.links(carry)))
+
+
+def _where_it_goes_on(goes_on: Any, new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+    """The new state of the examples whose loop goes on, the old one of those that are done."""
+
+    def select(one: Any, other: Any) -> Any:
+        mask = goes_on.reshape(goes_on.shape + (1,) * (one.ndim - goes_on.ndim))
+        return jnp.where(mask, one, other)
+
+    return [select(one, other) for one, other in zip(new, old, strict=True)]
 
 
 def _run_cond(frame: Frame, step: Step) -> list[Any]:

@@ -114,6 +114,7 @@ class Program:
         region: the whole of it.
         about: where each node comes from; links and boundaries are not in it.
         places: where each node stands.
+        rules: where each function with its own derivative stands: its rules are painted later.
         foreign_products: dtypes of the matrix products that are not in float32.
     """
 
@@ -123,4 +124,5 @@ class Program:
     region: Region
     about: dict[int, About]
     places: dict[int, Place]
+    rules: list[Place]
     foreign_products: set[str]
