@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 import types
 
@@ -11,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from halfstep import ExponentHistogram, NoLossScale, PolicyError, RecordError
+from halfstep import ExponentHistogram
 from halfstep.core.numerics.record import KINDS
-from halfstep.core.record import read_record
-from halfstep.torch import GradScaler, LossScaleOptimizer, NumericsMonitor, apply_policy
+from halfstep.torch import LossScaleOptimizer, apply_policy
 
 
 def exact(tensor):
@@ -95,113 +93,6 @@ def test_updates_and_how_many_a_16_bit_weight_would_lose(kit):
     assert any("lost" in rows[key] for key in rows if key[0] == "update")
 
 
-@pytest.mark.parametrize("unscaled_first", [False, True])
-def test_gradients_are_recorded_without_the_loss_scale(kit, unscaled_first):
-    net, plain = kit.net(), kit.net()
-    kit.loss(plain).backward()
-    optimizer = LossScaleOptimizer(adam(net), 2.0**10)
-    with kit.monitor(net, optimizer, every=5):
-        optimizer.backward(kit.loss(net))
-        if unscaled_first:
-            optimizer.unscale_()
-        optimizer.step()
-    step, rows = kit.read().of("numerics")[0], kit.read().rows(0)
-    assert step["scale"] == 2.0**10
-    assert step["loss"] == pytest.approx(kit.loss(plain).item())
-    histogram = exact(plain.up.weight.grad)
-    row = rows["weight_gradient", "up", "weight"]
-    assert exponents(row) == histogram.exponents
-    fit, scaled = histogram.fit("float16"), histogram.fit("float16", 2.0**10)
-    assert row.get("float16", [0, 0, 0]) == [fit.overflow, fit.flushed, fit.subnormal]
-    at_scale = row.get("scaled", {}).get("float16", [0, 0, 0])
-    assert at_scale == [scaled.overflow, scaled.flushed, scaled.subnormal]
-    merged = ExponentHistogram.from_plain(step["weight_gradients"])
-    assert merged == ExponentHistogram.merged(exact(p.grad) for p in plain.parameters())
-
-
-def test_a_scale_that_is_no_power_of_two_is_divided_out(kit):
-    net, plain = kit.net(), kit.net()
-    kit.loss(plain).backward()
-    optimizer = LossScaleOptimizer(adam(net), 1000)
-    with kit.monitor(net, optimizer, every=5):
-        kit.train(net, optimizer, 1)
-    rows = kit.read().rows(0)
-    low = exact(plain.up.weight.grad).highest
-    assert max(exponents(rows["weight_gradient", "up", "weight"])) == pytest.approx(low, abs=1)
-    assert kit.read().of("numerics")[0]["scale"] == 1000.0
-
-
-def test_a_loss_scale_that_is_none_and_a_scaler_that_is_disabled(kit):
-    net = kit.net()
-    optimizer = LossScaleOptimizer(adam(net), NoLossScale())
-    with kit.monitor(net, optimizer):
-        kit.train(net, optimizer, 3)
-    assert [step["scale"] for step in kit.read().of("numerics")] == [1.0, 1.0]
-    assert kit.read().header["loss_scale"] is None
-    inner, scaler = adam(net), GradScaler("cpu", enabled=False)
-    with kit.monitor(net, scaler):
-        for _ in range(3):
-            inner.zero_grad()
-            scaler.scale(kit.loss(net)).backward()
-            scaler.step(inner)
-            scaler.update()
-    read = kit.read()
-    assert read.steps() == [1, 3]
-    assert ("update", "up", "weight") in read.rows(1)
-    pickle.dumps(scaler)  # nothing is left in it
-
-
-def test_the_optimizer_alone_under_torchs_fused_scaling(kit):
-    net, plain = kit.net(), kit.net()
-    kit.loss(plain).backward()
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    with kit.monitor(net, optimizer):
-        scaler.scale(kit.loss(net)).backward()
-        scaler.step(optimizer)
-    row = kit.read().rows(0)["weight_gradient", "up", "weight"]
-    assert exponents(row) == exact(plain.up.weight.grad).exponents
-
-
-@pytest.mark.parametrize("kind", [GradScaler, torch.amp.GradScaler])
-def test_grad_scalers_of_both_kinds(kit, kind):
-    net, plain = kit.net(), kit.net()
-    optimizer, scaler = adam(net), kind("cpu", init_scale=2.0**8)
-    with kit.monitor(net, scaler, every=2):
-        for bad in (1.0, float("inf"), 1.0):
-            optimizer.zero_grad()
-            scaler.scale(kit.loss(net) * bad).backward()
-            scaler.step(optimizer)
-            scaler.update()
-    read = kit.read()
-    assert read.steps() == [1, 3]
-    assert [step["scale"] for step in read.of("numerics")] == [2.0**8, 2.0**7]
-    assert [(skip["step"], skip["not_finite"]) for skip in read.of("skip")] == [(2, 7)]
-    assert read.of("skip")[0]["reason"] == "loss"
-    kit.loss(plain).backward()
-    row = read.rows(0)["weight_gradient", "up", "weight"]
-    assert exponents(row) == exact(plain.up.weight.grad).exponents
-    assert not {"scale", "step", "update"} & set(vars(scaler))
-
-
-def test_without_an_optimizer_each_forward_begins_a_step(kit):
-    net, watched = kit.net(), kit.net()
-    optimizer, other = adam(net), adam(watched)
-    with kit.monitor(watched, every=2):
-        kit.train(watched, other, 3)
-        with torch.no_grad():
-            kit.loss(watched)  # no step
-    kit.train(net, optimizer, 3)
-    read = kit.read()
-    assert read.steps() == [1, 3]
-    assert read.of("end")[0]["steps"] == 3
-    for kind in KINDS:
-        assert any(key[0] == kind for key in read.rows(0))
-    own = {name: p.grad for name, p in net.named_parameters()}
-    row = read.rows(1)["weight_gradient", "norm", "weight"]
-    assert exponents(row) == exact(own["norm.weight"]).exponents
-
-
 @pytest.mark.parametrize("max_norm", [None, 0.01])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_run_stays_as_it_is_to_the_last_bit(kit, scaled, max_norm):
@@ -221,22 +112,6 @@ def test_the_run_stays_as_it_is_to_the_last_bit(kit, scaled, max_norm):
         assert torch.equal(one, other)
 
 
-def test_accumulation_adds_up_and_is_one_step(kit):
-    net = kit.net()
-    optimizer = LossScaleOptimizer(adam(net))
-    with kit.monitor(net, optimizer, every=1):
-        for _ in range(2):
-            optimizer.zero_grad()
-            for part in (slice(0, 1), slice(1, 4)):
-                optimizer.backward(kit.loss(net, part) / 2)
-            optimizer.step()
-    read = kit.read()
-    assert read.steps() == [1, 2]
-    assert read.rows(0)["activation", "up", ""]["count"] == 4 * 5 * 16
-    assert read.rows(0)["activation_gradient", "up", ""]["count"] == 4 * 5 * 16
-    assert read.rows(0)["weight_gradient", "up", "weight"]["count"] == 8 * 16
-
-
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant"])
 def test_a_checkpointed_forward_is_counted_once(kit, how):
     rows = []
@@ -249,36 +124,6 @@ def test_a_checkpointed_forward_is_counted_once(kit, how):
     assert rows[0].keys() == rows[1].keys()
     for key, row in rows[0].items():
         assert {**row, "id": 0} == {**rows[1][key], "id": 0}
-
-
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_a_compiled_model_runs_eagerly_in_recorded_steps_only(kit, wrapped):
-    compiled_calls = []
-
-    def backend(graph, inputs):
-        def run(*args):
-            compiled_calls.append(len(compiled_calls))
-            return graph.forward(*args)
-
-        return run
-
-    net = kit.net()
-    model = torch.compile(net, backend=backend) if wrapped else net
-    if not wrapped:
-        net.compile(backend=backend)
-    optimizer = adam(net)
-    calls = []
-    with kit.monitor(model, optimizer, every=3):
-        for _ in range(5):
-            before = len(compiled_calls)
-            kit.train(model, optimizer, 1)
-            calls.append(len(compiled_calls) > before)
-    assert calls == [False, True, True, False, True]
-    read = kit.read()
-    assert read.steps() == [1, 4]
-    assert ("activation_gradient", "up", "") in read.rows(1)
-    assert torch._dynamo.eval_frame._stance.stance == "default"
-    torch._dynamo.reset()
 
 
 def test_hooks_are_there_in_a_recorded_step_and_nowhere_else(kit):
@@ -358,19 +203,6 @@ def test_a_recorded_step_reads_the_host_once(kit, monkeypatch):
     assert len(reads) == len(kit.read().steps()) == 3
 
 
-def test_chosen_modules(kit):
-    net = kit.net()
-    optimizer = adam(net)
-    for modules, expected in (
-        (["up"], {"up"}),
-        ("up|down", {"up", "down"}),
-        (lambda path, module: isinstance(module, nn.GELU), {"act"}),
-    ):
-        with kit.monitor(net, optimizer, modules=modules):
-            kit.train(net, optimizer, 1)
-        assert {e["path"] for e in kit.read().of("tensor")} == expected
-
-
 def test_outputs_of_every_structure(kit):
     class Many(nn.Module):
         def __init__(self):
@@ -445,57 +277,6 @@ def test_the_advice_of_a_run(kit):
     assert np.isclose(merged.nonzero, advice["unscaled"]["count"])
 
 
-def test_no_record_at_all_and_one_monitor_twice(kit, tmp_path):
-    net = kit.net()
-    optimizer = adam(net)
-    monitor = NumericsMonitor(net, optimizer, every=1, record=None)
-    with monitor:
-        kit.train(net, optimizer, 1)
-    assert list(tmp_path.iterdir()) == []
-    assert monitor.gradients["weight_gradient"].nonzero
-    with monitor:
-        assert monitor.step == 0
-        kit.train(net, optimizer, 2)
-    assert monitor.step == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"every": 0}, "every=0"),
-        ({"every": 1.5}, "every=1.5"),
-        ({"optimizer": object()}, "this is a object"),
-        ({"modules": ["upp"]}, "Did you mean 'up'"),
-        ({"modules": lambda path, module: False}, "chooses none of the 8 modules"),
-    ],
-)
-def test_arguments_that_do_not_fit(kit, arguments, words):
-    with pytest.raises(PolicyError, match=words):
-        NumericsMonitor(kit.net(), **arguments)
-
-
-def test_a_compiled_model_needs_something_that_ends_a_step(kit):
-    with pytest.raises(PolicyError, match="this model is compiled"):
-        NumericsMonitor(torch.compile(kit.net(), backend="eager"))
-
-
-def test_a_model_that_is_none():
-    with pytest.raises(PolicyError, match=r"must be an nn\.Module"):
-        NumericsMonitor([1, 2])
-
-
-def test_attaching_twice_and_a_path_that_cannot_be_written(kit, tmp_path):
-    net = kit.net()
-    monitor = kit.monitor(net).attach()
-    with pytest.raises(PolicyError, match="attached already"):
-        monitor.attach()
-    monitor.detach()
-    monitor.detach()  # the second one does nothing
-    with pytest.raises(RecordError, match="cannot write"):
-        NumericsMonitor(net, record=tmp_path).attach()
-    assert kit.hooks(net) == 0
-
-
 def test_tensorboard_gets_the_same(kit, tmp_path, monkeypatch):
     # TensorBoard's own switch for running without TensorFlow, whose import takes ten seconds
     monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
@@ -514,19 +295,3 @@ def test_tensorboard_gets_the_same(kit, tmp_path, monkeypatch):
     assert [event.step for event in board.Scalars("skipped step (2: a fault)")] == [2]
     first, last = board.Histograms("weight/up.weight")
     assert (first.step, last.step, first.histogram_value.num) == (1, 3, 8 * 16)
-
-
-def test_closures_and_an_optimizer_that_evaluates_them(kit):
-    net = kit.net()
-    optimizer = LossScaleOptimizer(torch.optim.LBFGS(net.parameters(), max_iter=2))
-
-    def closure():
-        optimizer.zero_grad()
-        loss = kit.loss(net)
-        optimizer.backward(loss)
-        return loss
-
-    with kit.monitor(net, optimizer, every=1):
-        optimizer.step(closure)
-    assert kit.read().steps() == [1]
-    assert read_record(kit.path).events[-1]["event"] == "end"

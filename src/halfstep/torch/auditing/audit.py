@@ -33,11 +33,12 @@ from ...errors import PolicyError, PolicyWarning
 from ..apply import apply_policy, remove_policy
 from ..blaming.places import Places
 from ..casting import LOW
+from ..eager import eagerly
 from ..plan import LayerPlan, plan_of
 from ..planning import Functional
 from .casts import CastWatch
 from .operations import dtype_name
-from .shadow import copied, eagerly, random_numbers_kept, shadow
+from .shadow import copied, random_numbers_kept, shadow
 from .watch import KeptBytes, Watch, made_by, path_of
 
 LossFn = Callable[[nn.Module, Any], Any]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,14 +63,3 @@ def random_numbers_kept(model: nn.Module, seed: int | None = None) -> Iterator[N
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
-
-
-def eagerly() -> AbstractContextManager[object]:
-    """Return a context in which compiled modules run as they were written.
-
-    It costs nothing where nothing was compiled: then Dynamo, which takes seconds to import, is not.
-    """
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance

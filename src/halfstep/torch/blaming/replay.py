@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LossScaleError
+from ..eager import eagerly
 from .generators import Generators, seed_all
 from .looking import Badness, all_zero, not_finite, tensors_in
 from .places import Places, clean_path
@@ -193,8 +194,7 @@ def _untouched(step: Step, watch: Watch) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(Generators.now(parameters).put_back)
         stack.enter_context(torch.inference_mode(False))
-        if _dynamo() is not None:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eagerly())
         stack.enter_context(_gradients_set_aside(parameters))
         stack.enter_context(_buffers_kept(step.model))
         stack.callback(_put_back, watch)

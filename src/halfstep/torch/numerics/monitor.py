@@ -19,12 +19,13 @@ from ...core.numerics.histogram import ExponentHistogram
 from ...core.numerics.record import KIND
 from ...core.record import RecordWriter
 from ...errors import PolicyError
+from ..eager import eagerly
 from . import describe
 from .hooks import StepHooks
 from .recording import Recording, StepNumbers
 from .skipping import SkipWatch, not_finite
 from .steps import only_powers_of_two, steps_of
-from .targets import Choice, choose, is_compiled, parameter_names, unwrapped
+from .targets import Choice, choose, parameter_names, unwrapped
 from .tensorboard import Board, SummaryWriter
 
 _GRADIENTS = ("activation_gradient", "weight_gradient")
@@ -218,8 +219,7 @@ class NumericsMonitor:
         self._end_hooks()
         if self.step % self.every:
             return
-        if is_compiled(self._called):
-            self._stance = torch.compiler.set_stance("force_eager")
+        self._stance = eagerly()
         recording = Recording(self._identify, self._source.scale, divide=self._divides)
         alone = not self._source.announces_gradients
         self._hooks = StepHooks(self._model, self._targets, recording, self.saw_loss, alone)

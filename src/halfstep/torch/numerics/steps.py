@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ...core.loss_scale import DynamicLossScale, FixedLossScale, LossScale
 from ...core.numerics.bins import is_power_of_two
 from ...errors import PolicyError
+from ..eager import never_compiled
 from ..loss_scaling import GradScaler, LossScaleOptimizer
 from .targets import is_compiled
 
@@ -101,6 +102,7 @@ class OptimizerSteps(Steps):
     def attach(self, listener: Listener) -> None:
         """Begin to tell ``listener``."""
 
+        @never_compiled
         def after(*_: Any) -> None:
             listener.step_done(None, None)
 
@@ -110,6 +112,7 @@ class OptimizerSteps(Steps):
         """Tell when the gradients are ready, in the step that comes."""
 
         # only for that step: loss scaling unscales by a pass of its own where such hooks are
+        @never_compiled
         def before(optimizer: Optimizer, *_: Any) -> None:
             # torch.amp lends the scale to fused optimizers, which divide by it in their kernels
             listener.gradients_ready(optimizer, getattr(optimizer, "grad_scale", None))
@@ -159,9 +162,9 @@ class ScaledSteps(Steps):
 
 class _Observer:
     def __init__(self, listener: Listener) -> None:
-        self.saw_loss = listener.saw_loss
-        self.before_step = listener.gradients_ready
-        self._done = listener.step_done
+        self.saw_loss = never_compiled(listener.saw_loss)
+        self.before_step = never_compiled(listener.gradients_ready)
+        self._done = never_compiled(listener.step_done)
 
     def after_step(self, found: Tensor, state: Tensor) -> None:
         self._done(found, state[0])

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...core.numerics import ExponentHistogram, advise_loss_scale
 from ...core.numerics.histogram import FormatFit
-from ..auditing.shadow import eagerly
 from ..blaming.looking import tensors_in, values_of
 from ..blaming.operations import ALLOCATIONS, Kind, base_name, kind_of
 from ..blaming.places import Places, clean_path
+from ..eager import eagerly
 from .layers import Layers
 
 SAMPLE = 4096
