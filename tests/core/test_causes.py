@@ -5,7 +5,8 @@ import math
 import pytest
 
 from halfstep import Fault, TensorFacts
-from halfstep.core.causes import Evidence, batch_reason, explain, parameter_reason
+from halfstep.core.causes import batch_reason, explain, parameter_reason
+from halfstep.core.evidence import Evidence
 
 NAN = math.nan
 
@@ -52,6 +53,11 @@ CASES = [
     (evidence("log1p", facts(-1.0, 0.0)), "log1p of -1", False),
     (evidence("div", ONES, ZEROS, node="fn", direction="backward"), "a division by 0", False),
     (evidence("sqrt", WIDE, kind="NaN"), "sqrt of -2, outside of where it is defined", False),
+    (evidence("logit", facts(0.5, 2.0), kind="NaN"), "logit of 2, outside of where", False),
+    (evidence("logit", facts(0.5, 1.0)), "logit of 1 is infinite", False),
+    (evidence("atanh", facts(-1.0, 0.5)), "atanh of -1 is infinite", False),
+    (evidence("pow", WIDE, kind="NaN", constants=(-0.5,)), "pow of a negative number (-2)", False),
+    (evidence("pow", ZEROS, constants=(-0.5,)), "a negative exponent is a division by 0", False),
     (evidence("acos", WIDE, kind="NaN"), "acos of -2, outside of where it is defined", False),
     (evidence("mul", ONES, kind="NaN", constants=(NAN,)), "called with the number NaN", False),
     (

@@ -8,78 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from .fault import Direction, Kind, TensorFacts
-from .formats import FORMATS, Format
+from .evidence import Evidence, Reason
+from .fault import TensorFacts
 
 _MASK = 1e30  # no activation is as large: whoever writes it means minus infinity
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What is known about an operation that made something that is not finite, or only zeros.
-
-    Attributes:
-        operation: its name without a namespace, for instance ``"div"``.
-        node: in a backward pass, the forward operation that it differentiates, for instance
-            ``"sqrt"``; else empty.
-        direction: of the pass.
-        kind: what it made.
-        dtype: what it computed in: its narrowest floating dtype, inputs and output.
-        inputs: what went in.
-        output: what came out.
-        wider: what comes out of the same inputs in the next wider format, None if unknown.
-        constants: the numbers that the operation was called with.
-        epsilon: a number, added or clamped to shortly before, which is zero in ``dtype``.
-        constant: whether nothing that went in can be learnt, as in a mask.
-    """
-
-    operation: str
-    node: str
-    direction: Direction
-    kind: Kind
-    dtype: str
-    inputs: tuple[TensorFacts, ...]
-    output: TensorFacts
-    wider: TensorFacts | None = None
-    constants: tuple[float, ...] = ()
-    epsilon: float | None = None
-    constant: bool = False
-
-    @property
-    def format(self) -> Format:
-        """The format of ``dtype``."""
-        return FORMATS.get(self.dtype, FORMATS["float32"])
-
-    @property
-    def wider_helps(self) -> bool:
-        """Whether the operation alone is finite (or not all zero) in the wider format."""
-        if self.wider is None:
-            return False
-        if self.kind == "zero":
-            return self.wider.zeros < self.wider.numel
-        return self.wider.finite
-
-    @property
-    def zeros_in(self) -> bool:
-        """Whether a zero went in."""
-        return any(each.zeros for each in self.inputs)
-
-
-@dataclass(frozen=True)
-class Reason:
-    """A cause, and the cure as far as it follows from the cause alone.
-
-    Attributes:
-        cause: one sentence.
-        cure: a change to the code; empty where only another precision can help.
-        rounding: whether narrow numbers are the cause, so that float32 cures it.
-    """
-
-    cause: str
-    cure: str = ""
-    rounding: bool = False
 
 
 def _mask_constant(seen: Evidence) -> Reason | None:
@@ -101,7 +34,7 @@ def _epsilon(seen: Evidence) -> Reason | None:
     return Reason(
         f"an epsilon of {seen.epsilon:g} is 0 in {seen.dtype}, whose smallest number is "
         f"{seen.format.smallest_subnormal:.3g}, so it does not keep {seen.operation} from 0",
-        f"an epsilon of {seen.format.smallest_normal:.2g} or more",
+        f"an epsilon of {seen.least:.2g} or more",
         rounding=True,
     )
 
@@ -183,7 +116,7 @@ def _log(seen: Evidence) -> Reason | None:
     return Reason(
         f"{seen.operation} of {edge:g}",
         "log_softmax or logsigmoid instead of the log of a probability, or clamp what goes in to "
-        f"{seen.format.smallest_normal:.2g}",
+        f"{seen.least:.2g}",
     )
 
 
@@ -194,6 +127,7 @@ _DOMAINS: dict[str, tuple[float, float]] = {
     "asin": (-1.0, 1.0),
     "atanh": (-1.0, 1.0),
     "acosh": (1.0, math.inf),
+    "logit": (0.0, 1.0),
 }
 
 
@@ -206,6 +140,37 @@ def _outside(seen: Evidence) -> Reason | None:
         f"{seen.operation} of {worst[0]:.4g}, outside of where it is defined, {low:g} to {high:g}",
         "clamp what goes in",
     )
+
+
+_POLES: dict[str, tuple[float, ...]] = {"logit": (0.0, 1.0), "atanh": (-1.0, 1.0)}
+
+
+def _pole(seen: Evidence) -> Reason | None:
+    poles = _POLES.get(seen.operation, ())
+    met = [end for each in seen.inputs for end in (each.low, each.high) if end in poles]
+    if not met or seen.direction == "backward":
+        return None
+    return Reason(
+        f"{seen.operation} of {met[0]:g} is infinite",
+        "use the number that it was made of instead, or keep what goes in between "
+        + " and ".join(f"{pole:g}" for pole in poles),
+    )
+
+
+def _power(seen: Evidence) -> Reason | None:
+    if seen.operation != "pow" or seen.direction == "backward" or not seen.inputs:
+        return None
+    base = seen.inputs[0]
+    if seen.kind == "NaN" and base.low < 0:
+        return Reason(
+            f"pow of a negative number ({base.low:.4g}) with an exponent that is no whole number",
+            "take the absolute value of the base, or clamp it from below",
+        )
+    if base.zeros and any(number < 0 for number in seen.constants):
+        return Reason(
+            "pow of 0 with a negative exponent is a division by 0", "add an epsilon to the base"
+        )
+    return None
 
 
 def _nan_in_the_code(seen: Evidence) -> Reason | None:
@@ -225,8 +190,7 @@ def _division(seen: Evidence) -> Reason | None:
         whole = "0/0" if seen.kind == "NaN" else "a division by 0"
         return Reason(
             f"{seen.operation}: {whole}",
-            f"add an epsilon of {seen.format.smallest_normal:.2g} or more to the divisor, or clamp "
-            "it from below",
+            f"add an epsilon of {seen.least:.2g} or more to the divisor, or clamp it from below",
         )
     return None
 
@@ -311,6 +275,8 @@ RULES: tuple[Callable[[Evidence], Reason | None], ...] = (
     _steep,
     _division,
     _outside,
+    _pole,
+    _power,
     _nan_in_the_code,
     _average_of_nothing,
     _infinite_arithmetic,

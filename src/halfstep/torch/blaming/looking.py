@@ -68,7 +68,8 @@ def all_zero(tensor: Tensor) -> tuple[bool, bool]:
 
 def facts(tensor: Tensor, name: str = "") -> TensorFacts:
     """Return what ``tensor`` holds. It reads the host."""
-    values = values_of(tensor)
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized)
+    values = values_of(tensor.double() if whole else tensor)
     shape = tuple(tensor.shape)
     dtype = str(tensor.dtype).removeprefix("torch.")
     if values is None or values.is_complex():

@@ -159,14 +159,15 @@ def _vanished(step: Step, result: Result) -> Fault | None:
 
 def _with_cure(step: Step, finding: Finding) -> Fault:
     try:
-        cured = trials.search(step, finding)
+        still = trials.in_float32(step)
+        cured = None if still else trials.search(step, finding)
     except trials.TrialFailed:
         return _or_else(finding.fault)
     fault = finding.fault
     if cured is None:
-        so = "the code itself asks for it" if finding.reason.rounding else "it is not rounding"
-        cure = fault.cure or f"take the cast to {fault.dtype} out of this line"
-        return replace(fault, cure=cure, proof=f"all of the model in float32 is no better, so {so}")
+        return (
+            _one_of_several(finding, still) if _elsewhere(finding, still) else _not_cured(finding)
+        )
     words = _in_words(cured, step.model)
     return replace(
         fault,
@@ -175,6 +176,36 @@ def _with_cure(step: Step, finding: Finding) -> Fault:
         proof=f"with {_changed(cured)} everything is finite",
         layers=cured.layers,
     )
+
+
+def _not_cured(finding: Finding) -> Fault:
+    """Float32 does not help: what broke the step is the code, which may cast by itself."""
+    so = "the code itself asks for it" if finding.reason.rounding else "it is not rounding"
+    cure = finding.fault.cure or f"take the cast to {finding.fault.dtype} out of this line"
+    return replace(
+        finding.fault, cure=cure, proof=f"all of the model in float32 is no better, so {so}"
+    )
+
+
+def _elsewhere(finding: Finding, still: Finding | None) -> bool:
+    """Whether float32 cures what was found, and something later breaks the step all the same."""
+    if still is None or not finding.reason.rounding:
+        return False
+    first, second = finding.fault, still.fault
+    return (first.path, first.source) != (second.path, second.source)
+
+
+def _one_of_several(finding: Finding, still: Finding | None) -> Fault:
+    fault = _or_else(finding.fault)
+    if still is None:
+        return fault
+    next_one = f"{_lower(still.fault.place)} ({still.fault.operation}: {still.fault.cause})"
+    proof = f"all of the model in float32 cures this, and is still not finite: {next_one}"
+    return replace(fault, proof=proof, layers=(fault.path,) if fault.path else ())
+
+
+def _lower(place: str) -> str:
+    return place[:1].lower() + place[1:] if place.startswith("The ") else place
 
 
 def _or_else(fault: Fault) -> Fault:

@@ -6,14 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ...core.causes import (
-    Evidence,
-    Reason,
-    asked_for_reason,
-    batch_reason,
-    explain,
-    parameter_reason,
-)
+from ...core.causes import asked_for_reason, batch_reason, explain, parameter_reason
+from ...core.evidence import Evidence, Reason
 from ...core.fault import GRADIENT, Fault
 from ...core.fault import Kind as FaultKind
 from ...core.formats import FORMATS, format_of
@@ -28,6 +22,9 @@ _EPSILON_OPERATIONS = frozenset(
     {"add", "add_", "sub", "clamp", "clamp_", "clamp_min", "clamp_min_", "maximum", "full"}
 )
 _FROM_OUTSIDE = "A tensor from outside of the model"
+_PRODUCTS = frozenset(
+    {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "linear"}
+)
 _SOFTMAX = ("softmax", "attention", "logsumexp")
 
 
@@ -99,8 +96,9 @@ def _origin(result: Result, harmed: Iterable[Record | None]) -> Record | None:
     suspects = sorted(past.values(), key=lambda record: record.index)
     makers = [record for record in suspects if record.makes or record.outside]
     nan_makers = [record for record in makers if record.bad_parents]
+    spread = _multiplied(suspects)
     groups = (
-        [record for record in makers if not record.bad_parents and _certain(record)],
+        [r for r in makers if not r.bad_parents and (_certain(r) or id(r) in spread)],
         [record for record in nan_makers if any(word in record.operation for word in _SOFTMAX)],
         [record for record in makers if not record.bad_parents and not record.on_purpose],
         nan_makers,
@@ -119,6 +117,26 @@ def _certain(record: Record) -> bool:
         return True
     wider = None if record.detail is None else record.detail.wider
     return wider is not None and wider.finite
+
+
+def _multiplied(suspects: Iterable[Record]) -> set[int]:
+    """What made infinities that reached a product of matrices: no mask is meant to get there."""
+    todo = [
+        parent
+        for record in suspects
+        if record.operation in _PRODUCTS and not record.node
+        for parent in record.bad_parents
+    ]
+    seen: set[int] = set()
+    while todo:
+        here = todo.pop()
+        if here.nan or id(here) in seen:
+            continue  # past a NaN, it is that which the product met
+        seen.add(id(here))
+        todo += here.bad_parents
+        if here.outside or here.on_purpose:
+            seen.discard(id(here))
+    return seen
 
 
 def _swallowed(result: Result) -> Record | None:

@@ -42,21 +42,30 @@ class TrialFailed(Exception):
     """A trial could not be run, and says nothing; it never leaves this package."""
 
 
-def search(step: Step, finding: Finding) -> Cured | None:
-    """Return the smallest change of precision that makes the whole step finite, None if none does.
+def in_float32(step: Step) -> Finding | None:
+    """Return what still breaks a step with all of the model in float32, None if nothing does.
+
+    Raises:
+        TrialFailed: the model cannot be copied, or does not run like this.
+    """
+    return _outcome(step, everywhere)
+
+
+def search(step: Step, finding: Finding) -> Cured:
+    """Return the smallest change of precision that makes the whole step finite.
 
     ::
 
-        all of the model in float32: if that does not help, precision is not the cause
-        layers = the module that is to blame
-        repeat, at most 8 times and for at most 3 layers:
+        repeat, at most 8 times and for at most 3 layers, from the module that is to blame:
             replay with layers in float32; finite: done
             a fault in a layer that is in float32 already: take the module around it instead
             a fault elsewhere: add that layer
         nothing found: bfloat16, then float32, for all of the model
+
+    Args:
+        step: one that is finite with all of the model in float32 (`in_float32`).
+        finding: what breaks it.
     """
-    if _outcome(step, everywhere) is not None:
-        return None
     if finding.fault.path == "" and _helps(step, float32_output):
         return Cured((), "output")
     layers = _layers(step, finding.fault.path)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...core.fault import TensorFacts
@@ -117,7 +118,7 @@ class Watch(TorchDispatchMode):
         self._names = names
         self._badness = badness
         self._last: dict[int, Record] = {}
-        self._kept: list[Any] = []
+        self._addresses: list[StorageWeakRef] = []
         self._index = 0
         self._details = 0
 
@@ -172,7 +173,7 @@ class Watch(TorchDispatchMode):
                 self._keep(tensor)
             if reads:
                 copies[id(tensor)] = copy = tensor.detach().clone()
-                self._last[storage_of(copy)] = parent
+                self._wrote(copy, parent)
         return _swapped(args, copies), {k: _swapped(v, copies) for k, v in kwargs.items()}
 
     def _keep(self, tensor: Tensor) -> None:
@@ -188,7 +189,7 @@ class Watch(TorchDispatchMode):
             return
         if base_name(call.func) in ALLOCATIONS:  # what is in there means nothing
             for tensor in results:
-                self._last[storage_of(tensor)] = Record(self._index, "empty", call.place)
+                self._wrote(tensor, Record(self._index, "empty", call.place))
             return
         fresh = {id(tensor) for tensor in results} - {id(tensor) for tensor in written}
         outputs = [tensor for tensor in (*results, *written) if tensor.is_floating_point()]
@@ -250,8 +251,9 @@ class Watch(TorchDispatchMode):
         again = list(tensors_in(in_wider(call.func, call.args, call.kwargs, low))) if low else []
         again = [tensor for tensor in again if tensor.is_floating_point()]
         wider = facts(again[min(place, len(again) - 1)]) if again else None
+        shown = [*inputs, *call.divisors()]
         record.detail = Detail(
-            tuple(facts(tensor, self._named(name, tensor)) for name, tensor in inputs),
+            tuple(facts(tensor, self._named(name, tensor)) for name, tensor in shown),
             facts(outputs[place]),
             wider,
             low or outputs[place].dtype,
@@ -271,9 +273,16 @@ class Watch(TorchDispatchMode):
         if bad:
             described = facts(whole, name)
             record.detail = Detail((described,), described, None, tensor.dtype)
-        self._kept.append(tensor)  # alive, so that no other tensor gets its address
-        self._last[storage_of(tensor)] = record
+        self._wrote(tensor, record)
         return record
+
+    def _wrote(self, tensor: Tensor, record: Record) -> None:
+        place = storage_of(tensor)
+        if place not in self._last:
+            # A weak reference keeps the address, not the memory: tensors that come into being
+            # unseen, as torch.tensor(-inf), would else be taken for one that was here before.
+            self._addresses += _address(tensor)
+        self._last[place] = record
 
     def _remember(self, tensor: Tensor, record: Record, fresh: bool) -> None:
         place = storage_of(tensor)
@@ -283,7 +292,7 @@ class Watch(TorchDispatchMode):
             record.nan = record.nan or before.nan
             record.nan_before = record.nan_before or before.nan
             record.bad_parents = (*record.bad_parents, before)
-        self._last[place] = record
+        self._wrote(tensor, record)
 
     def _named(self, name: str, tensor: Tensor) -> str:
         known = self._last.get(storage_of(tensor))
@@ -305,10 +314,20 @@ class _Call:
     def of(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> _Call:
         return _Call(func, args, kwargs, self.node, self.place)
 
+    def divisors(self) -> list[tuple[str, Tensor]]:
+        """Second operands of whole numbers, as the count that a loss is divided by."""
+        other = self._given().get("other")
+        if not isinstance(other, Tensor) or other.is_floating_point() or other.is_complex():
+            return []
+        return [("other", other)]
+
+    def _given(self) -> dict[str, Any]:
+        names = [argument.name for argument in self.func._schema.arguments]
+        return dict(zip(names, self.args, strict=False)) | dict(self.kwargs)
+
     def inputs(self) -> list[tuple[str, Tensor]]:
         """The floating tensors that went in, with their names in the operation's schema."""
-        names = [argument.name for argument in self.func._schema.arguments]
-        given = dict(zip(names, self.args, strict=False)) | dict(self.kwargs)
+        given = self._given()
         if base_name(self.func) in OVERWRITES:
             given.pop("self", None)
         given.pop("out", None)
@@ -331,6 +350,13 @@ def _swapped(value: Any, copies: Mapping[int, Tensor]) -> Any:
 def _copied(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     copied: torch.UntypedStorage = storage.clone()  # type: ignore[no-untyped-call]
     return copied
+
+
+def _address(tensor: Tensor) -> list[StorageWeakRef]:
+    try:
+        return [StorageWeakRef(tensor.untyped_storage())]  # type: ignore[no-untyped-call]
+    except (NotImplementedError, RuntimeError):
+        return []
 
 
 def storage_of(tensor: Tensor) -> int:
