@@ -220,8 +220,8 @@ class Starter:
             raise RecipeError(
                 f"{self._recipe.where(error)}: make_model(): {type(error).__name__}: {error}"
             ) from error
-        # not get_weights(), of which NumPy 2 warns
-        return [keras.ops.convert_to_numpy(variable.value) for variable in first.model.weights]
+        weights: list[Any] = first.model.get_weights()
+        return weights
 
     def __call__(self, policy: Policy | PolicyMap) -> KerasTrainee:
         """Return a new model under a policy, with the weights that all start from."""

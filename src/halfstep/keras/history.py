@@ -143,10 +143,10 @@ class LossScaleHistory(keras.callbacks.Callback):
         self._last = now
         if len(self._waiting) == TOGETHER:
             # of one length only, as JAX compiles this for each
-            self._keep(ops.convert_to_numpy(ops.stack(self._waiting)))
+            self._keep(_on_host(ops.stack(self._waiting)))
 
     def _read(self) -> None:
-        self._keep([ops.convert_to_numpy(each) for each in self._waiting])
+        self._keep([_on_host(each) for each in self._waiting])
 
     def _keep(self, rows: Any) -> None:
         for scale, skipped in rows:
@@ -154,3 +154,8 @@ class LossScaleHistory(keras.callbacks.Callback):
             self.skipped.append(int(skipped) - self._skipped_before)
             self._skipped_before = int(skipped)
         self._waiting = []
+
+
+def _on_host(array: Any) -> Any:
+    """An array as lists of Python numbers; for torch past Keras, of which NumPy 2 warns."""
+    return array.tolist() if hasattr(array, "tolist") else ops.convert_to_numpy(array).tolist()
