@@ -176,7 +176,7 @@ def test_a_fault_comes_first_with_its_parameters(record):
     said = findings(run, views(run))
     assert said[0].title == "Step 41 skipped: a fault"
     assert said[0].text == "Because of loss. Not finite: blocks.1.weight and 2 more."
-    assert ("note", "1 skipped steps were probes of the loss scale") in titles(path)
+    assert ("note", "1 skipped step was a probe of the loss scale") in titles(path)
     assert verdict(run, said) == "41 steps, 2 of them skipped. 1 fault to look at."
 
 
@@ -311,7 +311,8 @@ def test_the_page_holds_everything_and_nothing_that_could_run(record):
     assert (half["normal"], half["zero"]) == (-14, -25)
     assert half["max"] == pytest.approx(16, abs=1e-3)
     scale, probes = data["plots"][0]["data"]
-    assert list(zip(scale["x"], scale["y"], strict=True)) == [(1, 1024.0), (31, 1024.0)]
+    curve = list(zip(scale["x"], scale["y"], strict=True))
+    assert curve == [(1, 1024.0), (3, 512.0), (11, 1024.0), (31, 1024.0)]
     assert probes["x"] == [2]
     assert "The slowest-changing weights" in page
     assert 'class="other">float32' in page
@@ -322,6 +323,16 @@ def test_a_run_without_a_loss_scale_has_no_curve_of_it(record):
     page = report.page(record([*tensors(), *plain], header(loss_scale=None, policy=None)))
     assert [plot["title"] for plot in data_of(page)["plots"]] == ["Loss at the recorded steps"]
     assert SCALED not in page
+
+
+def test_the_loss_scale_falls_and_grows_in_the_step_after_the_one_that_changed_it(record):
+    grown = {"event": "scale", "step": 11, "scale": 2048.0}
+    events = [step_event(1), *skip(4), step_event(11, scale=512.0), grown, step_event(21)]
+    scale, probes = data_of(report.page(record([*tensors(), *events])))["plots"][0]["data"]
+    assert list(zip(scale["x"], scale["y"], strict=True)) == [
+        (1, 1024.0), (5, 512.0), (12, 2048.0), (21, 1024.0)
+    ]  # fmt: skip
+    assert (probes["x"], probes["y"]) == ([4], [1024.0])
 
 
 def test_a_large_model_and_a_long_run_stay_small(record):

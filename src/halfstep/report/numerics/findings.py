@@ -85,7 +85,8 @@ def _skipped(run: Run, views: dict[str, View]) -> Iterable[Finding]:
     probes = sum(each["count"] for each in runs if each["verdict"] == "probe")
     if probes:
         text = "A dynamic loss scale finds its limit by passing it. Nothing is lost but the steps."
-        yield Finding("note", f"{probes} skipped steps were probes of the loss scale", text)
+        what = f"{probes} skipped steps were probes" if probes > 1 else "1 skipped step was a probe"
+        yield Finding("note", f"{what} of the loss scale", text)
 
 
 def _names_at(run: Run, step: int) -> str:

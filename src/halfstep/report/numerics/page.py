@@ -89,10 +89,11 @@ def _limits(names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _scales(run: Run) -> Plot:
+    changed = [*run.all("scale"), *run.all("skip")]
     points = sorted(
-        {
+        {  # what a step itself says of its scale is right, and stands last
+            **{e["step"] + 1: e.get("next_scale", e["scale"]) for e in changed},
             **{step["step"]: step["scale"] for step in run.steps},
-            **{event["step"]: event["scale"] for event in run.all("scale")},
             **{event["step"]: event["scale"] for event in run.all("skip")},
         }.items()
     )
