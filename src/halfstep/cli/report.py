@@ -11,7 +11,7 @@ from .writing import replace_file
 
 
 @click.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("file", type=click.Path(dir_okay=False))
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False), help="The page. [default: FILE with .html]"
 )

@@ -11,9 +11,9 @@ from halfstep.torch import explain
 # casts of the rewritten graph and of torch.autocast with CUDA's lists, forward and backward
 CASTS = {
     "mlp": (16, 19),
-    "gpt": (72, 84),
-    "gpt fused": (60, 72),
-    "llama": (77, 120),
+    "gpt": (28, 32),
+    "gpt fused": (24, 28),
+    "llama": (29, 44),
     "convnet": (11, 11),
     "convnet in place": (11, 11),
 }
