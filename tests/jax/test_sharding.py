@@ -21,11 +21,11 @@ def check(found, expected, dtype=jnp.float32, most=0.02):
     error = np.linalg.norm(a - b) / np.linalg.norm(b)
     assert 0 < error < most, error
 
-def low_products(function, *args):
+def low_products(function, *args, names=("dot_general",)):
     found, seen = [], [jax.make_jaxpr(function)(*args).jaxpr]
     while seen:
         for e in seen.pop().eqns:
-            if e.primitive.name == "dot_general":
+            if e.primitive.name in names:
                 found.append(e.invars[0].aval.dtype == jnp.bfloat16)
             for v in e.params.values():
                 seen += [getattr(b, "jaxpr", b) for b in (v if isinstance(v, tuple) else (v,))
@@ -93,6 +93,9 @@ for check_vma in (True, False):
         check(jax.jit(function)(ws, x), wanted, most=0.04)
         low, every = low_products(function, ws, x)
         assert low == every, (low, every)
+        # the gradient of a weight that every device holds is summed over them in float32
+        low, every = low_products(function, ws, x, names=("psum", "psum_invariant"))
+        assert low == 0 < every - 1, (low, every)
 
 # what is only used in 16 bits travels in 16 bits
 def gathered(w, x):

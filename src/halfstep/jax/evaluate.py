@@ -21,6 +21,7 @@ from .program import Link, Program, Region, Step
 Read: TypeAlias = "tuple[int, bool]"
 """A slot, and whether it is wanted in 16 bits."""
 
+_SUMMED_WHEN_TRANSPOSED = ("pvary",)
 _DTYPE_PARAMS = ("new_dtype", "preferred_element_type", "dtype", "out_dtype")
 
 
@@ -64,6 +65,11 @@ class Painted:
         """Whether a step without a body runs in 16 bits."""
         return step.node is not None and self.painting.low[step.node]
 
+    def args_low(self, step: Step) -> bool:
+        """Whether it takes 16 bits: the derivative of some is a sum over devices, in float32."""
+        name = step.equation.primitive.name
+        return self.step_low(step) and name not in _SUMMED_WHEN_TRANSPOSED
+
     def outside(self, step: Step, number: int) -> tuple[Read, ...]:
         """What a body of a step reads that is not its own, in the dtypes in which it does."""
         key = (id(step), number)
@@ -85,7 +91,7 @@ class Painted:
     def _reads(self, step: Step) -> Iterable[Read]:
         """What a step reads of the body that it stands in."""
         if step.kind == "apply":
-            yield from (self.read(slot, self.step_low(step)) for slot in step.args)
+            yield from (self.read(slot, self.args_low(step)) for slot in step.args)
         elif step.kind == "cond":
             yield step.args[0], False
         for name in ("carry", "xs", "args"):
@@ -179,12 +185,15 @@ def _run_custom(frame: Frame, step: Step) -> list[Any]:
 
 
 def _run_apply(frame: Frame, step: Step) -> list[Any]:
-    low = frame.painted.step_low(step)
+    dtype, low = frame.painted.dtype, frame.painted.args_low(step)
     arrays = [frame.read(slot, low) for slot in step.args]
     params = step.equation.params
     if low:
-        params = _low_params(params, frame.painted.dtype)
-    return internals.bind(step.equation, arrays, params)
+        params = _low_params(params, dtype)
+    results = internals.bind(step.equation, arrays, params)
+    if low == frame.painted.step_low(step):
+        return results
+    return [jax.lax.convert_element_type(result, dtype) for result in results]
 
 
 def _low_params(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
@@ -229,7 +238,7 @@ def _run_while(frame: Frame, step: Step) -> list[Any]:
         inner.run(tests, state)
         return inner.read(tests.outs[0], False)
 
-    def iterate(state: Sequence[Any]) -> list[Any]:
+    def iterate(state: Iterable[Any]) -> list[Any]:
         inner = Frame(frame.painted, frame)
         inner.run(region, state)
         new = inner.links(carry, 1)
@@ -241,7 +250,7 @@ def _run_while(frame: Frame, step: Step) -> list[Any]:
     return list(jax.lax.while_loop(condition, iterate, frame.links(carry)))
 
 
-def _where_it_goes_on(goes_on: Any, new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+def _where_it_goes_on(goes_on: Any, new: Iterable[Any], old: Iterable[Any]) -> list[Any]:
     """The new state of the examples whose loop goes on, the old one of those that are done."""
 
     def select(one: Any, other: Any) -> Any:
@@ -311,12 +320,27 @@ def _constrained(arrays: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
 
 def _run_shard_map(frame: Frame, step: Step) -> list[Any]:
     (region,) = step.bodies
-    params = step.equation.params
+    params, links = step.equation.params, step.links["args"]
     frame.hoist(step)
+    # what several devices hold is cast on each of them, so that its gradient is summed in float32
+    own = [_is_divided(spec, params) for spec in params["in_specs"]]
+    low = [frame.painted.link_low(link) for link in links]
+    given = [
+        frame.read(link.args[0], is_low and is_own)
+        for link, is_low, is_own in zip(links, low, own, strict=True)
+    ]
 
     def run(*arrays: Any) -> tuple[Any, ...]:
         inner = Frame(frame.painted, frame)
-        inner.run(region, arrays)
+        whole = [n for n, is_own in enumerate(own) if low[n] and not is_own]
+        inner.give(((region.args[n], False) for n in whole), (arrays[n] for n in whole))
+        inner.run(
+            region,
+            [
+                jax.lax.convert_element_type(array, frame.painted.dtype) if n in whole else array
+                for n, array in enumerate(arrays)
+            ],
+        )
         return tuple(inner.links(step.links["outs"]))
 
     mapped = jax.shard_map(
@@ -324,7 +348,16 @@ def _run_shard_map(frame: Frame, step: Step) -> list[Any]:
         out_specs=tuple(params["out_specs"]), axis_names=set(params["newly_manual_axes"]),
         check_vma=params["check_vma"],
     )  # fmt: skip
-    return list(mapped(*frame.links(step.links["args"])))
+    return list(mapped(*given))
+
+
+def _is_divided(spec: Any, params: dict[str, Any]) -> bool:
+    """Whether an argument of a ``shard_map`` is divided along all of its axes."""
+    named = {
+        name for part in spec if part is not None
+        for name in (part if isinstance(part, tuple) else (part,))
+    }  # fmt: skip
+    return set(params["newly_manual_axes"]) <= named
 
 
 _RUN: dict[str, Callable[[Frame, Step], list[Any]]] = {
