@@ -14,7 +14,8 @@ FUNCTIONS = ("make_model", "make_optimizer", "batches", "loss", "evaluate")
 def test_every_built_in_recipe_loads_by_its_name(name):
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.framework == ("jax" if name.endswith("-jax") else "torch")
+    _, _, last = name.rpartition("-")
+    assert recipe.framework == (last if last in ("jax", "keras") else "torch")
     assert recipe.constant("METRIC") is not None
     assert not recipe.title.endswith(".")
 
