@@ -11,7 +11,8 @@ from .compare import quiet_checks
 _HELP = f"""Say what a policy does to a model: what runs in 16 bits, what does not, and why.
 
 RECIPE is a built-in recipe ({", ".join(BUILT_IN)}) or a Python file. A JAX recipe is explained
-operation by operation, a torch or Keras recipe layer by layer. It fails when nothing runs in 16 bits.
+operation by operation, a recipe of torch or Keras layer by layer. It fails when nothing runs in
+16 bits.
 """
 
 

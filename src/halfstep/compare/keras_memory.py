@@ -1,8 +1,8 @@
 """What training a Keras model needs of memory, by backend and device.
 
 *torch*: as a torch recipe. *JAX*: XLA's plan of the compiled training step, exact. *TensorFlow*: on
-a GPU the allocator's peak; on the CPU the resident set of a new process for each policy, once, for
-its start costs seconds, and it cannot be forked: its threads are there as soon as it is imported.
+a GPU the allocator's peak; on the CPU the resident set of a new process for each measurement, which
+takes seconds to start, and cannot be forked: its threads are there as soon as it is imported.
 """
 
 from __future__ import annotations

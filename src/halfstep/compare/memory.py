@@ -87,11 +87,10 @@ def measure_in_children(
         device: the CPU, by the framework's name of it.
         seed: of weights and batches.
         steps: of one measurement.
-        forks: False where what trains it does not survive a fork; each policy is measured once
-            then, since starting such a framework takes longer than the measurement.
+        forks: False where what trains it does not survive a fork.
     """
     in_turn = [[label] for label in policies]
-    rounds = [list(policies)] if forks and _can_fork() else in_turn * (REPEATS if forks else 1)
+    rounds = [list(policies)] if forks and _can_fork() else in_turn * REPEATS
     for labels in rounds:
         job = {
             "recipe": str(recipe.file),
