@@ -69,6 +69,7 @@ def test_findings_are_printed_and_written_as_json(recipe, tmp_path):
         (["r.py", "--silence", "epsilonn"], "'epsilonn' is not one of"),
         (["r.py", "--policy", "float33"], "Did you mean 'float32'"),
         (["r.py", "--policy", "float32,bfloat16"], "names 2 policies"),
+        (["r.py", "--policy", "mixed_flaot16"], "--policy: 'mixed_flaot16' is neither a policy"),
         (["r.py", "--device", "nonsense"], "--device nonsense"),
     ],
 )

@@ -32,7 +32,7 @@ def explain(recipe: str, policy: str, seed: int) -> None:
     from ..compare.frameworks import framework_of
     from ..compare.run import set_up
 
-    chosen = parse_policies(policy)
+    chosen = parse_policies(policy, option="--policy")
     if len(chosen) != 1:
         raise PolicyError(f"--policy {policy}: one policy at a time.")
     loaded = load_recipe(recipe)

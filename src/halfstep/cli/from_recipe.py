@@ -38,7 +38,7 @@ def one_policy(argument: str) -> Policy | PolicyMap:
     """
     from ..compare import parse_policies
 
-    policies = parse_policies(argument)
+    policies = parse_policies(argument, option="--policy")
     if len(policies) > 1:
         raise PolicyError(f"--policy: {argument!r} names {len(policies)} policies; give one.")
     return next(iter(policies.values()))

@@ -25,13 +25,16 @@ def policy_from_config(config: Mapping[str, Any]) -> Policy | PolicyMap:
     return PolicyMap.from_config(config) if "default" in config else Policy.from_config(config)
 
 
-def parse_policies(arguments: str | Iterable[str]) -> dict[str, Policy | PolicyMap]:
+def parse_policies(
+    arguments: str | Iterable[str], *, option: str = "--policies"
+) -> dict[str, Policy | PolicyMap]:
     """Return the policies by the label that they are shown under, in order.
 
     Args:
         arguments: names or paths of JSON files, separated by commas or in an iterable. A file
             holds what ``get_config()`` of a policy or a policy map returns and is shown under
             its name without the ending.
+        option: where they were given, for the messages.
 
     Raises:
         PolicyError: an unknown name, a file that holds no policy, or one label twice.
@@ -42,24 +45,22 @@ def parse_policies(arguments: str | Iterable[str]) -> dict[str, Policy | PolicyM
     parts = arguments.split(",") if isinstance(arguments, str) else arguments
     policies: dict[str, Policy | PolicyMap] = {}
     for argument in filter(None, (part.strip() for part in parts)):
-        label, policy = _parse(argument)
+        label, policy = _parse(argument, option)
         if label in policies:
-            raise PolicyError(
-                f"--policies: {label!r} is there twice; each needs a name of its own."
-            )
+            raise PolicyError(f"{option}: {label!r} is there twice; each needs a name of its own.")
         policies[label] = policy
     if not policies:
-        raise PolicyError(f"--policies: none given. Allowed are {', '.join(NAMES)} or JSON files.")
+        raise PolicyError(f"{option}: none given. Allowed are {', '.join(NAMES)} or JSON files.")
     return policies
 
 
-def _parse(argument: str) -> tuple[str, Policy | PolicyMap]:
+def _parse(argument: str, option: str) -> tuple[str, Policy | PolicyMap]:
     if argument in NAMES:
         return argument, Policy(argument)
     path = Path(argument)
     if path.suffix != ".json" and not path.is_file():
         raise PolicyError(
-            f"--policies: {argument!r} is neither a policy ({', '.join(NAMES)}) nor a JSON file."
+            f"{option}: {argument!r} is neither a policy ({', '.join(NAMES)}) nor a JSON file."
             + nearest(argument, NAMES)
         )
     try:
@@ -68,4 +69,4 @@ def _parse(argument: str) -> tuple[str, Policy | PolicyMap]:
             raise PolicyError("it holds no JSON object")
         return path.stem, policy_from_config(config)
     except (OSError, ValueError) as error:
-        raise PolicyError(f"--policies: {path} holds no policy: {error}") from None
+        raise PolicyError(f"{option}: {path} holds no policy: {error}") from None
