@@ -69,8 +69,13 @@ def _equations(jaxpr):
 
 @pytest.fixture
 def equations():
-    """All equations of a function's program, those in bodies too: ``equations(f, *args)``."""
-    return lambda function, *args: list(_equations(jax.make_jaxpr(function)(*args).jaxpr))
+    """All equations of a program, those in bodies too: ``equations(f, *args)`` or of a trace."""
+
+    def found(function, *args) -> list:
+        closed = function.jaxpr if hasattr(function, "jaxpr") else jax.make_jaxpr(function)(*args)
+        return list(_equations(closed.jaxpr))
+
+    return found
 
 
 @pytest.fixture
