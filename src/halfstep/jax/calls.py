@@ -64,10 +64,10 @@ def trace_call(
     try:
         closed = internals.trace(flat, arrays)
     except _NOT_TRACEABLE as error:
-        first = str(error).partition("\n")[0]
+        first = str(error).partition("\n")[0].rstrip(".")
         raise NotTraceableError(
             f"{where}: the function cannot be traced, because it needs the numbers of an array "
-            f"while it runs: {first} Arguments that are not arrays (bool, int, float, str, "
+            f"while it runs: {first}. Arguments that are not arrays (bool, int, float, str, "
             "functions) stay as they are; give such a value as one of these, or use jax.lax.cond "
             "and jnp.where."
         ) from error
