@@ -3,7 +3,6 @@
 import gc
 
 import pytest
-import torch._dynamo
 from torch._dynamo import eval_frame
 
 from halfstep.torch.eager import eagerly
