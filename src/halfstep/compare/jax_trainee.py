@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core.loss_scale import NoLossScale
-from ..core.policy import Policy, PolicyMap, as_policy_map
+from ..core.policy import Policy, PolicyMap
 from ..errors import HalfstepError, PolicyError, RecipeError
 from .engine import Plan, StepResult
 from .frameworks import STATE, Policies
@@ -21,6 +21,7 @@ from .jax_device import describe as describe
 from .jax_device import device_named
 from .jax_device import pick_device as pick_device
 from .jax_device import threads as threads
+from .policies import is_plain_float32
 from .recipe import Recipe, takes
 
 if TYPE_CHECKING:
@@ -104,11 +105,6 @@ def _checked_loss(recipe: Recipe, loss: Any) -> jax.Array:
     )
 
 
-def _is_plain(policy: Policy | PolicyMap) -> bool:
-    given = as_policy_map(policy)
-    return given.default == Policy("float32") and not given.overrides
-
-
 class JaxTrainee:
     """One set of parameters under one policy.
 
@@ -140,7 +136,7 @@ class JaxTrainee:
         # Any: what a recipe returns as its optimizer is only checked by what it can do
         self._tx: Any = recipe.call("tx")
         self._rule = policy.loss_scale
-        self._is_plain = _is_plain(policy)
+        self._is_plain = is_plain_float32(policy)
         if not self._is_plain:
             import halfstep.jax as door
 
@@ -239,13 +235,7 @@ class JaxTrainee:
     def evaluate(self) -> dict[str, float]:
         """Return the recipe's metrics under the policy, as Python numbers."""
         metrics = self._evaluate(self._training.params, self._training.state)
-        try:
-            return {str(name): float(value) for name, value in metrics.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise RecipeError(
-                f"{self._recipe.file}: evaluate(params) returned {metrics!r}; it must return a "
-                f"dict of numbers: {error}."
-            ) from None
+        return self._recipe.numbers(metrics, "params")
 
 
 def initial(recipe: Recipe, seed: int) -> tuple[Any, Any]:

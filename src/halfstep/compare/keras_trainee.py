@@ -114,13 +114,7 @@ class KerasTrainee:
         """Return the recipe's metrics, as Python numbers."""
         with self._here(), _without_gradients():
             metrics = self._recipe.call("evaluate", self.model)
-        try:
-            return {str(name): float(value) for name, value in metrics.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise RecipeError(
-                f"{self._recipe.file}: evaluate(model) returned {metrics!r}; it must return a "
-                f"dict of numbers: {error}."
-            ) from None
+        return self._recipe.numbers(metrics, "model")
 
 
 def _computes_low(layer: Any) -> bool:

@@ -7,11 +7,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.policy import NAMES, Policy, PolicyMap
+from ..core.policy import NAMES, Policy, PolicyMap, as_policy_map
 from ..errors import PolicyError, nearest
 
 DEFAULT = ("float32", "mixed_float16", "mixed_bfloat16")
 """What is compared when nothing is said; the first one is what the others are held against."""
+
+
+def is_plain_float32(policy: Policy | PolicyMap) -> bool:
+    """Whether a policy is float32 everywhere, without a loss scale: training as it always was.
+
+    >>> is_plain_float32(Policy("float32")), is_plain_float32(Policy("float32", loss_scale=8))
+    (True, False)
+    """
+    given = as_policy_map(policy)
+    return given.default == Policy("float32") and not given.overrides
 
 
 def policy_from_config(config: Mapping[str, Any]) -> Policy | PolicyMap:

@@ -140,6 +140,20 @@ class Recipe:
         default = framework_of(self).defaults.get(function)
         return default(self, *arguments) if default is not None else None
 
+    def numbers(self, metrics: Any, argument: str) -> dict[str, float]:
+        """Return what ``evaluate(argument)`` returned, as Python numbers.
+
+        Raises:
+            RecipeError: it is no dict of numbers.
+        """
+        try:
+            return {str(name): float(value) for name, value in metrics.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise RecipeError(
+                f"{self.file}: evaluate({argument}) returned {metrics!r}; it must return a "
+                f"dict of numbers: {error}."
+            ) from None
+
     def where(self, error: BaseException) -> str:
         """Return the place of an error, as deep inside this recipe's file as its traceback goes.
 

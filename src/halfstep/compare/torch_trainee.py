@@ -23,6 +23,7 @@ from ..errors import PolicyError, PolicyWarning, RecipeError
 from . import memory
 from .engine import StepResult
 from .frameworks import Policies
+from .policies import is_plain_float32
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -106,12 +107,6 @@ class PlainOptimizer:
         torch.autograd.backward(loss)
 
 
-def _changes_nothing(policy: Policy | PolicyMap) -> bool:
-    default = policy.default if isinstance(policy, PolicyMap) else policy
-    overrides = policy.overrides if isinstance(policy, PolicyMap) else {}
-    return default == Policy("float32") and not overrides
-
-
 class TorchTrainee:
     """One model under one policy.
 
@@ -147,7 +142,7 @@ class TorchTrainee:
         )
 
     def _make_optimizer(self, policy: Policy | PolicyMap) -> Any:
-        if _changes_nothing(policy):
+        if is_plain_float32(policy):
             return PlainOptimizer(self._recipe.call("make_optimizer", self._model))
         import halfstep.torch as door
 
@@ -206,13 +201,7 @@ class TorchTrainee:
         self._model.eval()
         with torch.no_grad():
             metrics = self._recipe.call("evaluate", self._model)
-        try:
-            return {str(name): float(value) for name, value in metrics.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise RecipeError(
-                f"{self._recipe.file}: evaluate(model) returned {metrics!r}; it must return a "
-                f"dict of numbers: {error}."
-            ) from None
+        return self._recipe.numbers(metrics, "model")
 
 
 def _nothing() -> None:
