@@ -50,11 +50,13 @@ _INPUTS = {
     "cast": "cast",
     "cast finite": "cast, finite stays finite",
     "float32": "float32",
+    "float32 on cpu": "float32 on a CPU, else cast",
 }
 _WEIGHTS = {
     "low": "{compute}",
     "low on cpu": "{compute} on a CPU; elsewhere autocast casts them",
     "low off cpu": "float32 on a CPU, else {compute}",
+    "low off cpu or transformed": "float32 on a CPU, else {compute}",
     "rows": "float32, then the rows are cast",
     "float32": "float32",
 }

@@ -34,6 +34,7 @@ def apply_policy(
     *,
     output_dtype: str | None = "float32",
     functional: Functional = "autocast",
+    cast_forward_inputs: bool | None = None,
 ) -> Model:
     """Make every layer of ``model`` follow a dtype policy, in place, and return the model.
 
@@ -54,6 +55,12 @@ def apply_policy(
             ``"autocast"`` runs it under ``torch.autocast`` with its lists of operations;
             ``"compute"`` runs it in the dtype of what the layers gave, as Keras does, with fewer
             casts and less memory: then modules without weights cast their arguments too.
+        cast_forward_inputs: whether ``model`` itself casts its floating arguments to its compute
+            dtype, so that finite constants stay finite. ``True``: a residual stream that starts
+            with them has 16 bits. ``False``: a waveform or a timestep keeps its digits until a
+            layer below takes it. ``None``: they are cast if it owns weights or if
+            ``functional="compute"``. What one kernel computes, as ``nn.Linear`` or a norm, takes
+            the dtype that the kernel wants whatever is said here.
 
     Raises:
         PolicyError: an unknown policy, dtype or path, two overrides that disagree, a model in
@@ -67,11 +74,12 @@ def apply_policy(
     >>> model[0](torch.ones(1, 4)).dtype, model(torch.ones(1, 4)).dtype, model[0].weight.dtype
     (torch.bfloat16, torch.float32, torch.float32)
     """
-    _check_arguments(model, output_dtype, functional)
+    _check_arguments(model, output_dtype, functional, cast_forward_inputs)
     policies = as_policy_map(global_policy() if policy is None else policy, overrides)
     before = plan_of(model)
     part = before is not None and (before.part or before.path != "")
-    plans = plan_model(model, policies, Options(functional, output_dtype, part))
+    options = Options(functional, output_dtype, part, cast_forward_inputs)
+    plans = plan_model(model, policies, options)
     _check_plans(model, policies, plans)
     # a part of a model with a policy is surrounded by 16 bits: float32 must be kept up there
     if not part and not any(_matters(plan) for plan in plans.values()):
@@ -104,9 +112,8 @@ def remove_policy(model: Model) -> Model:
         for name, dtype in plan.stored:
             _store(module, name, dtype)
     for module in plans:  # only now: a tied weight is stored once, and known by all its modules
-        for parameter in module.parameters(recurse=False):
-            registry.forget(parameter)
-            masters.forget(parameter)
+        registry.forget_module(module)
+        masters.forget_module(module)
     return model
 
 
@@ -121,7 +128,9 @@ def policy_of(module: nn.Module) -> Policy | None:
     return None if plan is None else plan.policy
 
 
-def _check_arguments(model: object, output_dtype: object, functional: object) -> None:
+def _check_arguments(
+    model: object, output_dtype: object, functional: object, cast_forward_inputs: object
+) -> None:
     if not isinstance(model, nn.Module):
         raise PolicyError(f"apply_policy: the model must be an nn.Module, not {type(model)}.")
     if output_dtype is not None and output_dtype not in DTYPES:
@@ -133,6 +142,11 @@ def _check_arguments(model: object, output_dtype: object, functional: object) ->
         raise PolicyError(
             f"apply_policy(functional={functional!r}): allowed are 'autocast' and 'compute'."
         )
+    if not any(cast_forward_inputs is allowed for allowed in (True, False, None)):
+        raise PolicyError(
+            f"apply_policy(cast_forward_inputs={cast_forward_inputs!r}): allowed are True, False "
+            "and None, which leaves it to functional=."
+        )
 
 
 def _matters(plan: LayerPlan) -> bool:
@@ -142,6 +156,7 @@ def _matters(plan: LayerPlan) -> bool:
 def _check_plans(
     model: nn.Module, policies: PolicyMap, plans: Mapping[nn.Module, LayerPlan]
 ) -> None:
+    _check_casts_inputs(model, plans[model])
     for module, plan in plans.items():
         if "forward" in module.__dict__ and plan.rule not in NEVER_ATTACHED:
             raise PolicyError(
@@ -157,6 +172,15 @@ def _check_plans(
             f"apply_policy({policies}): no layer of this {type(model).__name__} can follow it. "
             "A layer is a module that owns floating weights of at most 32 bits; every one here, "
             "if there is any, is left alone or overridden."
+        )
+
+
+def _check_casts_inputs(model: nn.Module, plan: LayerPlan) -> None:
+    if plan.cast_forward_inputs and plan.rule in NEVER_ATTACHED | {LEFT_ALONE}:
+        reason = plan.why.rpartition("; ")[2]
+        raise PolicyError(
+            f"apply_policy(cast_forward_inputs=True): this {type(model).__name__} cannot cast its "
+            f"inputs ({reason}). Apply the policy to the modules that can, each by itself."
         )
 
 
@@ -206,12 +230,13 @@ def _store(module: nn.Module, name: str, dtype: torch.dtype, update: Update = "p
         return  # tied to one that was there before
     exact = parameter.data if (known := masters.float32_of(parameter)) is None else known
     grad, parameter.grad = parameter.grad, None
-    parameter.data = exact.to(dtype)
+    masters.forget(parameter)
+    shards.set_values(parameter, exact.to(dtype))
     parameter.grad_dtype = dtype
     if grad is not None:
         parameter.grad = grad.to(dtype)
-    masters.forget(parameter)
     if update != "plain" and dtype in LOW and parameter.requires_grad and not exact.is_meta:
         masters.keep(parameter, exact.to(torch.float32), update)
+        masters.keep_for_shards(module, name)
     if update != "plain":
         watch_steps()

@@ -77,6 +77,21 @@ class FiniteCast(Cast):
 
 
 @dataclasses.dataclass(frozen=True)
+class Float32OnCpu(Cast):
+    """Cast a floating tensor to ``dtype``, and to float32 on a CPU.
+
+    >>> Float32OnCpu(torch.float16)(torch.ones(1, dtype=torch.float16)).dtype
+    torch.float32
+    """
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor in the dtype that its device wants, itself where it has it."""
+        if tensor.dtype not in FLOATS or tensor.layout in SPARSE:
+            return tensor
+        return tensor.to(torch.float32 if tensor.device.type == "cpu" else self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class LowCast(Cast):
     """Cast 16-bit floats to ``dtype`` and leave the others alone: float64 stays float64."""
 

@@ -15,6 +15,10 @@ from .region import Region
 ATTRIBUTE = "_halfstep_plan"
 """The name under which a module keeps its plan, in its ``__dict__``."""
 
+SHORT = "_halfstep_short"
+"""The name under which a policied class keeps the parameters of its one operation, if it has one:
+see ``direct.py``."""
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -36,6 +40,7 @@ class LayerPlan:
         functional: the argument of ``apply_policy``.
         output_dtype: the argument of ``apply_policy``, for the model itself.
         part: whether the policy was applied to a part of a model that had one.
+        cast_forward_inputs: the argument of ``apply_policy``, for the model itself.
     """
 
     policy: Policy
@@ -53,6 +58,7 @@ class LayerPlan:
     functional: str
     output_dtype: str | None
     part: bool
+    cast_forward_inputs: bool | None = None
 
     def casts(self, weight: torch.Tensor) -> bool:
         """Whether the module reads this tensor of its own as a copy in the compute dtype.
@@ -66,7 +72,7 @@ class LayerPlan:
             return False
         if self.reads_where == "low":
             return True
-        if self.reads_where == "low off cpu" and transformed():
+        if self.reads_where == "low off cpu or transformed" and transformed():
             return True  # torch.func cannot batch the backward of a norm of two dtypes (2.13)
         return (weight.device.type == "cpu") == (self.reads_where == "low on cpu")
 

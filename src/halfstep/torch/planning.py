@@ -12,12 +12,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..core.policy import Policy, PolicyMap, Resolved
 from ..errors import PolicyError
-from .casting import FLOATS, Cast, FiniteCast, LowCast, dtype_named
+from .casting import FLOATS, LOW, Cast, FiniteCast, Float32OnCpu, LowCast, dtype_named
 from .plan import LayerPlan, plan_of
 from .region import Region
 from .rules import (
     FLOAT32_WHOLE,
     HOLDER,
+    LAYER,
     LEFT_ALONE,
     PARAMETRIZATION,
     PLAIN,
@@ -41,6 +42,7 @@ class Options:
     functional: Functional
     output_dtype: str | None
     part: bool
+    cast_forward_inputs: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def _plan_module(
     options: Options,
 ) -> LayerPlan:
     policy, alone = resolved.policy, left_alone(module)
+    rule = _for_variables(rule, policy)
     if rule.name in NEVER_ATTACHED:
         how = _How(_words(rule, policy, options.functional))
     elif alone is not None:  # what its neighbours give in 16 bits reaches it in float32
@@ -142,6 +145,8 @@ def _plan_module(
         how = _How(rule.why, LowCast(torch.float32), Region(None))
     else:
         how = _how(module, policy, rule, options.functional)
+        if not path:
+            how = _with_inputs(how, policy, rule, options.cast_forward_inputs)
         if how.region is None and (not path or policy.compute_dtype != parent.compute_dtype):
             # autocast of another dtype around it would cast its own 16-bit tensors again
             how = replace(how, region=Region(None))
@@ -161,7 +166,23 @@ def _plan_module(
         functional=options.functional,
         output_dtype=options.output_dtype,
         part=options.part,
+        cast_forward_inputs=options.cast_forward_inputs,
     )
+
+
+def _for_variables(rule: Rule, policy: Policy) -> Rule:
+    """A float32 input fits a float32 weight: 16-bit variables are met in 16 bits everywhere."""
+    if rule.inputs == "float32 on cpu" and dtype_named(policy.variable_dtype) in LOW:
+        return replace(rule, inputs="cast", weights="low")
+    return rule
+
+
+def _with_inputs(how: _How, policy: Policy, rule: Rule, cast: bool | None) -> _How:
+    """Cast the arguments of the model itself, or leave them, where its rule allows both."""
+    if cast is None or rule not in (PLAIN, LAYER):
+        return how
+    inputs = FiniteCast(dtype_named(policy.compute_dtype)) if cast else None
+    return replace(how, inputs=inputs, why=f"{how.why}, cast_forward_inputs={cast}")
 
 
 def _how(module: nn.Module, policy: Policy, rule: Rule, functional: Functional) -> _How:
@@ -217,6 +238,8 @@ def _inputs(rule: Rule, compute: torch.dtype, functional: Functional) -> Cast | 
         return Cast(torch.float32)
     if rule.inputs == "cast":
         return Cast(compute)
+    if rule.inputs == "float32 on cpu":
+        return Float32OnCpu(compute)
     if rule.inputs == "cast finite" or (functional == "compute" and rule.name == "plain"):
         return FiniteCast(compute)
     return None

@@ -15,8 +15,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.loss import _Loss
 
-Inputs = Literal["keep", "cast", "cast finite", "float32"]
-Weights = Literal["low", "low on cpu", "low off cpu", "rows", "float32"]
+Inputs = Literal["keep", "cast", "cast finite", "float32", "float32 on cpu"]
+Weights = Literal[
+    "low", "low on cpu", "low off cpu", "low off cpu or transformed", "rows", "float32"
+]
 Inside = Literal["as it is", "functional", "on", "off"]
 
 
@@ -28,7 +30,8 @@ class Rule:
         name: a word for it.
         why: the reason, for the summary; ``{compute}`` stands for the compute dtype.
         inputs: what happens to floating arguments: kept, cast to the compute dtype, cast so that
-            finite constants stay finite (for what may take masks), or cast to float32.
+            finite constants stay finite (for what may take masks), or cast to float32,
+            everywhere or on a CPU, and to the compute dtype elsewhere.
         weights: where its weights are read in the compute dtype. ``"rows"``: only what is
             gathered from them; ``"float32"``: nowhere, and they stay float32 variables under
             every policy.
@@ -63,10 +66,15 @@ _EMBEDDING = Rule("embedding", "gathers float32 rows, gives {compute}", weights=
 # it wants weights in its input's dtype (measured; torch 2.13, aten/native/layer_norm.cpp).
 _LAYER_NORM = Rule(
     "norm", "{compute} in and out, float32 statistics",
-    inputs="cast", weights="low off cpu", inside="off",
+    inputs="cast", weights="low off cpu or transformed", inside="off",
 )  # fmt: skip
-# torch.rms_norm computes in float32 inside whatever it is given, and warns of two dtypes
-_RMS_NORM = Rule("norm", "{compute} in and out, float32 inside", inputs="cast", inside="off")
+# A CPU has no kernel for it: torch.rms_norm is made of operations in float32 there, and casts 16
+# bits to it and back, forward and backward; elsewhere one kernel does it in its registers. Both
+# want one dtype, and warn of two (torch 2.13, aten/native/layer_norm.cpp).
+_RMS_NORM = Rule(
+    "norm", "{compute} out, float32 inside",
+    inputs="float32 on cpu", weights="low off cpu", inside="off", result=True,
+)  # fmt: skip
 _BATCH_NORM = Rule(
     "norm", "{compute} in and out, float32 weights and statistics",
     inputs="cast", weights="float32", inside="off",

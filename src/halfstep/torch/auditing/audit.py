@@ -65,6 +65,7 @@ def audit(
     silence: Iterable[str] = (),
     output_dtype: str | None = "float32",
     functional: Functional = "autocast",
+    cast_forward_inputs: bool | None = None,
 ) -> Report:
     """Say what could go wrong with a model under a policy, or be better, from one batch.
 
@@ -84,6 +85,7 @@ def audit(
         silence: names of rules that shall say nothing.
         output_dtype: as for :func:`apply_policy`; of a model that has its policy, its own.
         functional: as for :func:`apply_policy`; of a model that has its policy, its own.
+        cast_forward_inputs: as for :func:`apply_policy`; of a model that has its policy, its own.
 
     Raises:
         AdviceError: a rule to silence that there is not.
@@ -115,8 +117,9 @@ def audit(
             # that float32 changes nothing is no news in an audit
             warnings.simplefilter("ignore", PolicyWarning)
             low = apply_policy(
-                shadow(plain), policy, overrides, output_dtype=output_dtype, functional=functional
-            )
+                shadow(plain), policy, overrides, output_dtype=output_dtype,
+                functional=functional, cast_forward_inputs=cast_forward_inputs,
+            )  # fmt: skip
     with random_numbers_kept(model):
         run = _run(low, batch, loss_fn)
     with random_numbers_kept(model):

@@ -205,7 +205,10 @@ def _applied(model: nn.Module, policies: PolicyMap, output_dtype: str | None = N
         raise TrialFailed
     functional: Any = plan.functional
     wanted = output_dtype or plan.output_dtype
-    apply_policy(model, policies, output_dtype=wanted, functional=functional)
+    apply_policy(
+        model, policies, output_dtype=wanted, functional=functional,
+        cast_forward_inputs=plan.cast_forward_inputs,
+    )  # fmt: skip
     return model
 
 

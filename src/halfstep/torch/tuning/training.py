@@ -21,7 +21,7 @@ from ...errors import AdviceError, LossScaleExhausted, PolicyError, PolicyWarnin
 from ..apply import apply_policy
 from ..casting import cast_nested
 from ..loss_scaling import LossScaleOptimizer
-from ..planning import Functional
+from ..planning import Options
 from .layers import Layers
 from .ranking import Observations
 
@@ -51,8 +51,7 @@ class ShortRuns:
         keep: the policy of the layers that are kept.
         steps: of each run.
         device: where.
-        functional: for :func:`apply_policy`.
-        output_dtype: for :func:`apply_policy`.
+        options: for :func:`apply_policy`.
 
     Attributes:
         target: the policy that the next run uses.
@@ -67,14 +66,12 @@ class ShortRuns:
         keep: Policy,
         steps: int,
         device: str,
-        functional: Functional,
-        output_dtype: str | None,
+        options: Options,
     ) -> None:
         self.target, self.observed = target, Observations()
         self.layers: Layers | None = None
         self._training, self._keep, self._steps, self._device = training, keep, steps, device
-        self._functional: Functional = functional
-        self._output_dtype = output_dtype
+        self._options = options
 
     # ------------------------------------------------------------------ the runs
 
@@ -114,8 +111,9 @@ class ShortRuns:
                 # with all layers kept, the policy changes nothing, and says so
                 warnings.simplefilter("ignore", PolicyWarning)
                 apply_policy(
-                    model, self.policy_map(kept), functional=self._functional,
-                    output_dtype=self._output_dtype,
+                    model, self.policy_map(kept), functional=self._options.functional,
+                    output_dtype=self._options.output_dtype,
+                    cast_forward_inputs=self._options.cast_forward_inputs,
                 )  # fmt: skip
         except PolicyError as error:
             return Losses((), reason=str(error)), 1.0
@@ -178,7 +176,7 @@ class ShortRuns:
             return frozenset()
         from .layers import layers_of
 
-        self.layers = layers_of(model, self.target, self._functional)
+        self.layers = layers_of(model, self.target, self._options.functional)
         return frozenset((0, self._steps - 1))
 
     def _batches(self, seed: int) -> Iterator[Any]:

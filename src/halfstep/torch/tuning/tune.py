@@ -12,7 +12,7 @@ from ...core.policy import Policy, as_policy
 from ...core.tracking import TOLERANCE
 from ...core.tuning import Kept, KeptLayer, Proof, Trial, Tuning, find_kept
 from ...errors import AdviceError
-from ..planning import Functional
+from ..planning import Functional, Options
 from .ranking import Suspect
 from .training import ShortRuns, Training
 
@@ -31,6 +31,7 @@ def tune(
     device: str | None = None,
     functional: Functional = "autocast",
     output_dtype: str | None = "float32",
+    cast_forward_inputs: bool | None = None,
     on_trial: Callable[[Trial], object] | None = None,
 ) -> Tuning:
     """Find the fewest layers that must stay out of 16 bits for the loss to track float32's.
@@ -60,6 +61,7 @@ def tune(
         device: where to train; left out, CUDA where there is one, else the CPU.
         functional: as for :func:`apply_policy`.
         output_dtype: as for :func:`apply_policy`.
+        cast_forward_inputs: as for :func:`apply_policy`.
         on_trial: is called with each run when it is over.
 
     Raises:
@@ -84,7 +86,8 @@ def tune(
     """
     target, keep = _checked(target, keep, tolerance, steps)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    runs = ShortRuns(training, target, keep, steps, device, functional, output_dtype)
+    options = Options(functional, output_dtype, False, cast_forward_inputs)
+    runs = ShortRuns(training, target, keep, steps, device, options)
     proof = Proof(runs, tolerance, on_trial)
     seeds = (seed, seed + 1)
     with torch.random.fork_rng():
