@@ -285,15 +285,6 @@ def test_policies_hold_across_graph_breaks():
     }  # fmt: skip
 
 
-def test_policies_that_cannot_hold_across_a_graph_break_are_an_error():
-    model, x = Broken(inside=True), torch.randn(4, 8)
-    with pytest.raises(Exception, match=r"a graph break inside of 'first'.*cannot hold"):
-        eager(model, PolicyMap("mixed_bfloat16", {"first.kept": "float32"}))(x)
-    torch._dynamo.reset()
-    everywhere = explain(model, backend="aot_eager")(x)
-    assert {row.dtype for row in everywhere.rows if row.flops} == {"bfloat16"}
-
-
 def test_what_a_policy_map_keeps_is_exact():
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
     kept = eager(model, PolicyMap("mixed_bfloat16", {"0": "float32", "1": "float32"}))

@@ -304,7 +304,7 @@ def uncaptured(settings: Settings, painter: Painter) -> list[str]:
     missed = []
     for path, module in settings.model.named_modules():
         own = [name for name, _ in module.named_parameters(recurse=False)]
-        full = {f"{path}.{name}".strip(".") for name in own}
-        if full and not full & painter.paths.captured:
+        full = [f"{path}.{name}".strip(".") for name in own]
+        if full and not any(painter.paths.captured(each) for each in full):
             missed.append(f"{path or 'the model itself'} ({type(module).__name__})")
     return missed

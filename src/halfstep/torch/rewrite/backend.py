@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -13,7 +14,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .painting import Painter
-from .paths import Paths
+from .standing import Apart, variables
 
 Compiled: TypeAlias = Callable[..., Any]
 Backend: TypeAlias = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
@@ -31,7 +32,7 @@ def inductor(painter: Painter) -> Backend:
         compiled: Any = compile_fx(graph, inputs, config_patches=patches)
         return compiled  # type: ignore[no-any-return]
 
-    return _watched(compile_, painter.paths)
+    return _watched(compile_, painter)
 
 
 class _Pass(CustomGraphPass):
@@ -82,14 +83,17 @@ def _eagerly(painter: Painter, decompositions: Any) -> Backend:
         partition_fn=partition,
         decompositions=decompositions,
     )
-    return _watched(backend, painter.paths)
+    return _watched(backend, painter)
 
 
-def _watched(backend: Backend, paths: Paths) -> Backend:
-    """Let the paths learn from every graph that Dynamo gives to a backend."""
+def _watched(backend: Backend, painter: Painter) -> Backend:
+    """Find out, for every graph that Dynamo gives to a backend, where in the model it stands."""
+    apart = Apart(painter.paths, painter.policies)
 
     def compile_(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        paths.look_at(graph)
+        scope, caller = variables(), sys._getframe()
+        painter.paths.look_at(graph, scope, caller)
+        apart.guard(scope, caller)
         return backend(graph, inputs)
 
     return compile_

@@ -11,7 +11,6 @@ from torch import fx
 from ...core.formats import format_of
 from ...core.paint import OperationLists, Painting, paint
 from ...core.policy import Resolved
-from ...errors import PolicyError
 from .apply import Rewritten, rewrite
 from .build import Program, build
 from .paths import Paths
@@ -64,12 +63,7 @@ class Painter:
     low_operations: int = 0
 
     def paint(self, graph: fx.Graph) -> None:
-        """Rewrite a graph, the operations of forward and backward together or of one.
-
-        Raises:
-            PolicyError: policies by path cannot hold in this graph.
-        """
-        self._check_begin()
+        """Rewrite a graph, the operations of forward and backward together or of one."""
         paths = {node: self.paths.of(node) for node in graph.nodes if node.op == "call_function"}
         program = build(graph, self.lists, lambda node: self._kept(paths.get(node)))
         painting = paint(program.graph, format_of(self.dtype))
@@ -79,16 +73,6 @@ class Painter:
         self.low_operations += painted.low_operations
         if self.keep:
             self.painted.append(painted)
-
-    def _check_begin(self) -> None:
-        # Dynamo runs a graph that begins in a module for every other module of its class as well
-        if self.paths.begins_at and any(rule.key is not None for rule in self.policies.values()):
-            raise PolicyError(
-                f"autocast: a graph break inside of {self.paths.begins_at!r} makes Dynamo share "
-                "its graphs among modules of one class, so a PolicyMap with overrides cannot "
-                "hold. Remove the break (fullgraph=True shows it), or use "
-                "halfstep.torch.apply_policy."
-            )
 
     def _kept(self, path: str | None) -> str | None:
         """Why an operation stays in float32 on request: the policy of its module."""

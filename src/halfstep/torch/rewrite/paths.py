@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-_ROOT = re.compile(r"^L\[['\"]\w+['\"]\]")
+_ROOT = re.compile(r"^L\[['\"](\w+)['\"]\]")
 _ATTRIBUTE = re.compile(r"\._(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
 _ITEM = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
@@ -17,59 +19,122 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 class Paths:
     """The paths of a model's modules, found again in graphs that may begin in the middle of it.
 
-    After a graph break Dynamo begins with whatever module it is in, and names everything from
-    there. Where that is is told by the parameters: they are the model's own.
+    After a graph break Dynamo begins with whatever function it is in, and names everything from
+    there. Modules are told by their identity: in the names that Dynamo writes into a graph, in
+    the variables of the function, and in those of its callers.
 
     Args:
         model: what is compiled; None for a plain function, whose operations have no path.
+
+    Attributes:
+        begins_at: the path of the module whose code the latest graph begins in; ``""`` is the
+            root, None is unknown.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
-        self._by_identity: dict[int, list[str]] = {}
-        for path, tensor in () if model is None else _tensors(model):
-            self._by_identity.setdefault(id(tensor), []).append(path)
-        self._prefixes: dict[str, str] = {}
-        self.captured: set[str] = set()
+        # Dynamo keeps what it compiled by the code, which outlives the model
+        self._model = None if model is None else weakref.ref(model)
+        self._known: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
+        self._roots: dict[str, str] = {}
+        self._captured: set[str] = set()
+        self._shared: set[tuple[type, str]] = set()
+        self.begins_at: str | None = ""
 
-    def look_at(self, graph: fx.GraphModule) -> None:
-        """Learn from one of Dynamo's graphs where it begins and which parameters it takes."""
-        self._prefixes = {}
-        for node in graph.graph.nodes:
-            argument = node.meta.get("grapharg") if node.op == "placeholder" else None
-            tensor = None if argument is None else getattr(argument, "_example", None)
-            tensor = tensor() if callable(tensor) and not hasattr(tensor, "shape") else tensor
-            full = self._by_identity.get(id(tensor), ())
-            self.captured.update(full)
-            if full and argument is not None:
-                self._learn(_source(argument), full)
+    def look_at(self, graph: fx.GraphModule, scope: Mapping[str, Any], caller: FrameType) -> None:
+        """Learn from one of Dynamo's graphs where it begins and which tensors it takes.
 
-    @property
-    def begins_at(self) -> str:
-        """The path of the module in which the graph begins; ``""`` is the root."""
-        return max(self._prefixes.values(), default="", key=len)
+        Args:
+            graph: the graph.
+            scope: the variables that its code begins with.
+            caller: the frame that called the code, or one that this one called.
+        """
+        model = None if self._model is None else self._model()
+        if model is None:
+            return
+        self._known = {
+            id(module): (weakref.ref(module), path) for path, module in model.named_modules()
+        }
+        self._roots = self.modules_in(scope)
+        self.begins_at = self.stands_in(scope, caller)
+        self._take_note_of(graph, model)
 
-    def _learn(self, source: str, full: Iterable[str]) -> None:
-        root, relative = split_root(source)
-        for path in full:
-            if root and (path == relative or path.endswith("." + relative)):
-                self._prefixes[root] = path.removesuffix(relative).rstrip(".")
-                return
+    def _take_note_of(self, graph: fx.GraphModule, model: nn.Module) -> None:
+        names: dict[int, list[str]] = {}
+        for path, tensor in _tensors(model):
+            names.setdefault(id(tensor), []).append(path)
+        begins = dict(model.named_modules()).get(self.begins_at or "")
+        for node in graph.graph.find_nodes(op="placeholder"):
+            argument = node.meta.get("grapharg")
+            example: Any = getattr(argument, "_example", None)
+            example = example() if callable(example) else example  # a reference to a tensor
+            for path in names.get(id(example), ()):
+                self._captured.add(path)
+                if self.begins_at and path.startswith(f"{self.begins_at}."):
+                    self._shared.add((type(begins), path.removeprefix(f"{self.begins_at}.")))
+
+    def captured(self, path: str) -> bool:
+        """Whether a graph takes the parameter or buffer at this path.
+
+        Or takes one of the same name of another module of the same class: it may be run for
+        this one as well.
+        """
+        return path in self._captured or any(
+            (type(module), path.removeprefix(f"{start}.")) in self._shared
+            for start, module in self.modules()
+            if start and path.startswith(f"{start}.")
+        )
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the paths and modules that were there when the latest graph was made."""
+        for reference, path in self._known.values():
+            module = reference()
+            if module is not None:
+                yield path, module
+
+    def path_of(self, value: object) -> str | None:
+        """Return the path of a module of the model, None for anything else."""
+        module, path = self._known.get(id(value), (None, ""))
+        return path if module is not None and module() is value else None
+
+    def modules_in(self, scope: Mapping[str, Any]) -> dict[str, str]:
+        """Return the paths of those variables that are modules of the model, by their names."""
+        found = {name: self.path_of(value) for name, value in scope.items()}
+        return {name: path for name, path in found.items() if path is not None}
+
+    def stands_in(self, scope: Mapping[str, Any], caller: FrameType) -> str | None:
+        """Return the path of the module whose code has these variables, or whose code called it."""
+        path = self.path_of(scope.get("self"))
+        if path is not None:
+            return path
+        frame: FrameType | None = caller
+        while frame is not None and path is None:
+            code = frame.f_code
+            # a frame's variables are copied to be looked at
+            if "self" in code.co_varnames or "self" in code.co_freevars:
+                path = self.path_of(frame.f_locals.get("self"))
+            frame = frame.f_back
+        return path
 
     def of(self, node: fx.Node) -> str | None:
         """Return the path of the innermost module that called an operation; ``""`` is the root.
 
         An operation of the backward pass belongs to the module of the forward operation that it
-        is the derivative of. None where no module is known to have called it.
+        is the derivative of. What no module is known to have called belongs to the one that the
+        graph begins in.
         """
         stack: Mapping[str, Any] = (
             node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
         )
-        innermost = next(reversed(list(stack.values())), None)
-        if innermost is None:
-            return None
-        root, relative = split_root(str(innermost[0]))
-        prefix = self._prefixes.get(root, "")
-        return f"{prefix}.{relative}".strip(".")
+        if not stack:
+            return self.begins_at
+        key, called = next(reversed(list(stack.items())))
+        number = key.partition("@")[0]  # a module that is called again has @1 behind it
+        known = self._known.get(int(number)) if number.isdigit() else None
+        return known[1] if known is not None else self._named(str(called[0]))
+
+    def _named(self, name: str) -> str:
+        root, relative = split_root(name)
+        return f"{self._roots.get(root, '')}.{relative}".strip(".")
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -77,22 +142,17 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _source(argument: Any) -> str:
-    name = argument.source.name
-    return str(name() if callable(name) else name)
-
-
 def split_root(name: str) -> tuple[str, str]:
-    """Return what Dynamo names a thing from, and its path from there as modules spell it.
+    """Return the variable that Dynamo names a thing from, and the path from there.
 
     >>> split_root("L['self'].blocks.0.attn"), split_root("L['self']")
-    (("L['self']", 'blocks.0.attn'), ("L['self']", ''))
+    (('self', 'blocks.0.attn'), ('self', ''))
     >>> split_root("L['self']._modules['blocks']._modules['0']._parameters['weight']")
-    ("L['self']", 'blocks.0.weight')
+    ('self', 'blocks.0.weight')
     """
     found = _ROOT.match(name)
-    root = found.group() if found else ""
-    plain = _ITEM.sub(r".\1", _ATTRIBUTE.sub(r".\1", name[len(root) :]))
+    root, end = (found.group(1), found.end()) if found else ("", 0)
+    plain = _ITEM.sub(r".\1", _ATTRIBUTE.sub(r".\1", name[end:]))
     return root, plain.strip(".")
 
 

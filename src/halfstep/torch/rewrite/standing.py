@@ -1,0 +1,116 @@
+"""Keeping graphs apart that would be shared by modules of different policies.
+
+Dynamo compiles functions, not modules: what it makes of the code behind a graph break it runs for
+every module that has this code. Where their policies differ, a guard of its own tells them apart.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import GlobalStateSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import Guard
+
+from ...core.policy import Policy, Resolved
+from ...errors import PolicyError
+from .paths import Paths
+
+Below: TypeAlias = tuple[tuple[str, Policy], ...]
+"""The policies of a module and of what it holds, by their paths from there."""
+
+Standing: TypeAlias = tuple[tuple[str, Below], ...]
+"""What tells two runs of the same code apart: its modules by name, and the policies below each."""
+
+
+def variables() -> Mapping[str, Any]:
+    """Return the variables that the code which Dynamo is compiling begins with."""
+    try:
+        translator: Any = InstructionTranslator.current_tx()
+    except AttributeError:  # a part of a graph that is compiled when it first runs
+        return {}
+    scope: Mapping[str, Any] = translator.output.local_scope
+    return scope
+
+
+class Apart:
+    """Keeps the graphs of modules apart whose policies differ.
+
+    Args:
+        paths: the paths of the model's modules.
+        policies: the policy of every module, by its path.
+    """
+
+    def __init__(self, paths: Paths, policies: Mapping[str, Resolved]) -> None:
+        self._paths, self._policies = paths, policies
+        self._below: dict[str, Below] = {}
+        self._differ = any(rule.key is not None for rule in policies.values())
+
+    def guard(self, scope: Mapping[str, Any], caller: FrameType) -> None:
+        """Let Dynamo compile the code anew where the policies are other ones.
+
+        Raises:
+            PolicyError: policies differ, and which of them holds here cannot be known.
+        """
+        if not self._differ:
+            return
+        if self._paths.begins_at is None:
+            raise PolicyError(
+                "autocast: after a graph break Dynamo runs code that no module of the model "
+                "called, so a PolicyMap with overrides cannot hold in it. Remove the break "
+                "(fullgraph=True shows it), or use halfstep.torch.apply_policy."
+            )
+        if not self._alone(scope):
+            install_guard(Guard(GlobalStateSource(), self._same(self._standing(scope, caller))))
+
+    def _alone(self, scope: Mapping[str, Any]) -> bool:
+        """Whether no other module of the model could run this code under other policies."""
+        found = self._paths.modules_in(scope)
+        if list(found) != ["self"]:
+            return False
+        mine, below = _classes(scope["self"]), self._policies_below(found["self"])
+        return all(
+            self._policies_below(path) == below
+            for path, module in self._paths.modules()
+            if mine & _classes(module)
+        )
+
+    def _same(self, wanted: Standing) -> Any:
+        def same(scope: Mapping[str, Any]) -> bool:
+            return self._standing(scope, sys._getframe()) == wanted
+
+        def create(builder: GuardBuilder, guard: Guard) -> None:
+            builder.add_python_lambda_leaf_guard_to_root(
+                ["___halfstep_same_policies(L)"],
+                ["the PolicyMap of halfstep.torch.autocast is the same below this module"],
+                closure_vars={"___halfstep_same_policies": same},
+                is_epilogue=False,
+            )
+
+        return create
+
+    def _standing(self, scope: Mapping[str, Any], caller: FrameType) -> Standing:
+        modules = self._paths.modules_in(scope)
+        if "self" not in modules:
+            path = self._paths.stands_in(scope, caller)
+            modules = modules | ({} if path is None else {"": path})
+        return tuple((name, self._policies_below(path)) for name, path in modules.items())
+
+    def _policies_below(self, path: str) -> Below:
+        if path not in self._below:
+            start = f"{path}." if path else ""
+            self._below[path] = tuple(
+                (each.removeprefix(path), rule.policy)
+                for each, rule in self._policies.items()
+                if each == path or each.startswith(start)
+            )
+        return self._below[path]
+
+
+def _classes(module: nn.Module) -> set[type]:
+    return set(type(module).__mro__) - set(nn.Module.__mro__)
