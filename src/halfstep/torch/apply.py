@@ -14,7 +14,7 @@ from ..core.global_policy import global_policy
 from ..core.policy import DTYPES, Policy, PolicyMap, as_policy_map
 from ..core.policy_names import Update
 from ..errors import PolicyError, PolicyWarning, nearest
-from . import masters, registry
+from . import masters, registry, shards
 from .bare_steps import watch_steps
 from .casting import LOW, dtype_named
 from .layer import attach, detach, is_policied, plain_class, policied_class, register_parameters
@@ -107,6 +107,8 @@ def remove_policy(model: Model) -> Model:
     True
     """
     plans = {module: plan for module in model.modules() if (plan := plan_of(module)) is not None}
+    if any(plan.stored for plan in plans.values()):
+        shards.refuse_after_forward(model.modules())
     for module, plan in plans.items():
         detach(module)
         for name, dtype in plan.stored:
@@ -166,6 +168,8 @@ def _check_plans(
             )
         if plan.covers and plan.policy.is_low:
             _check_covered(module, plan, plans)
+    if any(plan.stored for plan in plans.values()):
+        shards.refuse_after_forward(model.modules())
     low = [plan for plan in plans.values() if plan.policy.is_low]
     if low and all(plan.rule in _NO_LAYER for plan in low):
         raise PolicyError(

@@ -56,10 +56,8 @@ def register_parameters(module: nn.Module) -> None:
     plan = plan_of(module)
     if plan is None or plan.rule == LEFT_ALONE:
         return
-    for parameter in module._parameters.values():
-        tied = None if parameter is None else registry.policy_of_parameter(parameter)
-        if parameter is not None and not (tied is not None and tied.is_low):
-            registry.register(parameter, plan.policy)
+    registry.register_module(module, plan.policy)
+    masters.follow(module)
 
 
 def attach(module: nn.Module, plan: LayerPlan, policied: type | None) -> None:

@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..core.policy_names import Update
 from .casting import LOW
 from .registry import policy_of_parameter
+from .shards import cut_like, local, locals_of
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -35,7 +36,7 @@ class Kept:
     Attributes:
         update: ``"master"`` or ``"kahan"``.
         rest: the master, or what rounding cut off.
-        version: ``_version`` of the parameter when the two were last made to agree.
+        version: `version_of` the parameter when the two were last made to agree.
     """
 
     update: Update
@@ -45,6 +46,9 @@ class Kept:
 
 # by identity, because tensors compare elementwise; weakly, because a model may go away
 _kept: MutableMapping[Tensor, Kept] = WeakIdKeyDictionary()
+
+# what was kept when the policy was applied, for shards of the weight that take its place later
+_whole: MutableMapping[nn.Module, dict[str, Kept]] = WeakIdKeyDictionary()
 
 
 def update_of(parameter: Tensor) -> Update:
@@ -59,14 +63,51 @@ def keep(parameter: Tensor, exact: Tensor, update: Update) -> Kept:
 
     It may be the master from now on: nobody else may write to it.
     """
-    rest = exact if update == "master" else _cut_off(parameter, exact)
-    kept = _kept[parameter] = Kept(update, rest, parameter._version)
+    return _keep_rest(
+        parameter, exact if update == "master" else _cut_off(parameter, exact), update
+    )
+
+
+def _keep_rest(parameter: Tensor, rest: Tensor, update: Update) -> Kept:
+    kept = _kept.get(parameter)
+    if kept is None:
+        kept = _kept[parameter] = Kept(update, rest, version_of(parameter))
+    else:  # the same object: `_whole` must not keep an old master alive
+        kept.update, kept.rest, kept.version = update, rest, version_of(parameter)
     return kept
+
+
+def keep_for_shards(module: nn.Module, name: str) -> None:
+    """Let what is kept of a module's parameter pass on to the shards that may take its place.
+
+    ``fully_shard`` and ``parallelize_module`` put another parameter there, and the old one goes.
+    """
+    parameter = module._parameters[name]
+    kept = None if parameter is None else _kept.get(parameter)
+    if kept is not None:
+        _whole.setdefault(module, {})[name] = kept
+
+
+def follow(module: nn.Module) -> None:
+    """Pass on what is kept of parameters that were replaced by shards; forget that of others."""
+    wholes = _whole.get(module, {})
+    for name, whole in list(wholes.items()):
+        own = module._parameters.get(name)
+        if own is None or (_kept.get(own) is not whole and type(own) in _PLAIN):
+            del wholes[name]
+        elif type(own) not in _PLAIN and own not in _kept:
+            _pass_on(own, wholes.pop(name))
+
+
+def version_of(parameter: Tensor) -> int:
+    """Return a number that grows with every write to a parameter, or to its own shard."""
+    version = parameter._version
+    return version if type(parameter) in _PLAIN else version + local(parameter)._version
 
 
 def adopt(parameter: Tensor, update: Update, rest: Tensor) -> None:
     """Keep what was kept of the parameter that this one is a copy of."""
-    _kept[parameter] = Kept(update, rest, parameter._version)
+    _kept[parameter] = Kept(update, rest, version_of(parameter))
 
 
 def by_name(module: nn.Module) -> dict[str, tuple[Update, Tensor]]:
@@ -79,7 +120,7 @@ def by_name(module: nn.Module) -> dict[str, tuple[Update, Tensor]]:
 
 
 def _agreeing(parameter: Tensor) -> Kept | None:
-    return None if _kept.get(parameter) is None else kept_of(parameter)
+    return None if known(parameter) is None else kept_of(parameter)
 
 
 def forget(parameter: Tensor) -> None:
@@ -87,9 +128,30 @@ def forget(parameter: Tensor) -> None:
     _kept.pop(parameter, None)
 
 
+def forget_module(module: nn.Module) -> None:
+    """Keep nothing of a module's own parameters any more."""
+    _whole.pop(module, None)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            forget(parameter)
+
+
 def known(parameter: Tensor) -> Kept | None:
-    """Return what is kept of ``parameter``, or None if nothing is yet."""
+    """Return what is kept of ``parameter``, or None if nothing is yet.
+
+    Of a shard that is at first its part of what was kept of the whole.
+    """
+    if parameter not in _kept and type(parameter) not in _PLAIN and _whole:
+        for module in list(_whole):
+            follow(module)
     return _kept.get(parameter)
+
+
+@torch.no_grad()
+def _pass_on(shard: Tensor, whole: Kept) -> None:
+    part = cut_like(whole.rest, shard)
+    if part is not None and shard.dtype in LOW and whole.update == update_of(shard):
+        take_rest(shard, part)
 
 
 def kept_of(parameter: Tensor) -> Kept:
@@ -98,16 +160,29 @@ def kept_of(parameter: Tensor) -> Kept:
     A weight that somebody has written to since (``load_state_dict``, an average of weights) holds
     what counts: a digit is kept only where the weight is still what it was rounded to.
     """
-    kept = _kept.get(parameter)
+    kept = known(parameter)
     update = update_of(parameter)
     if kept is None or kept.update != update or kept.rest.shape != parameter.shape:
         return keep(parameter, parameter.detach().to(torch.float32), update)
     if kept.rest.device != parameter.device:
         kept.rest = kept.rest.to(parameter.device)
-    if kept.version != parameter._version:
-        add_digits(parameter, _joined(parameter, kept))
-        kept = _kept[parameter]
+    if kept.version != version_of(parameter):
+        take_rest(parameter, kept.rest)
     return kept
+
+
+@torch.no_grad()
+def take_rest(parameter: Tensor, rest: Tensor) -> None:
+    """Keep a master or a compensation, bit for bit, wherever it belongs to what the weight is."""
+    low, update = parameter.detach(), update_of(parameter)
+    rest = rest.to(low.device)
+    if update == "master":
+        fits, other = rest.to(low.dtype) == low, low.float()
+    else:
+        # a compensation of half the last place is a tie, which may round to the neighbour
+        inside = low.float() + rest.float() * 0.99
+        fits, other = inside.to(low.dtype) == low, torch.zeros_like(rest)
+    _keep_rest(parameter, torch.where(fits, rest, other), update)
 
 
 @torch.no_grad()
@@ -152,15 +227,15 @@ def _cut_off(parameter: Tensor, exact: Tensor) -> Tensor:
 
 
 def copy_all(into: Sequence[Tensor], out_of: Sequence[Tensor]) -> None:
-    """Copy tensors into tensors, whatever their dtypes, with one launch for each device."""
+    """Copy tensors into tensors, whatever their dtypes, with one launch for each device.
+
+    DTensors are copied shard by shard: both must be placed alike.
+    """
     buckets: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(into, out_of, strict=True):
-        if type(target) in _PLAIN and type(source) in _PLAIN:
-            targets, sources = buckets.setdefault(target.device, ([], []))
-            targets.append(target)
-            sources.append(source)
-        else:  # DTensors
-            target.copy_(source)
+        targets, sources = buckets.setdefault(target.device, ([], []))
+        targets.append(local(target))
+        sources.append(local(source))
     for targets, sources in buckets.values():
         torch._foreach_copy_(targets, sources)
 
@@ -188,7 +263,8 @@ def close_masters(
 def open_sums(lows: Sequence[Tensor], kept: Sequence[Kept]) -> list[Tensor]:
     """Return the float32 values to update: weights and what was cut off them, together."""
     wide = widened_all(lows)
-    torch._foreach_add_(wide, widened_all([each.rest for each in kept]))
+    rests = widened_all([local(each.rest) for each in kept])
+    torch._foreach_add_(locals_of(wide), rests)
     return wide
 
 
@@ -199,9 +275,10 @@ def close_sums(
 
     It is asked because a sum can lie half-way between two roundings, and split the other way.
     """
+    lows, wide = locals_of(lows), locals_of(wide)
     rounded = [torch.empty_like(low) for low in lows]
     copy_all(rounded, wide)
-    rests = [each.rest for each in kept]
+    rests = locals_of([each.rest for each in kept])
     cut = list(torch._foreach_sub(list(wide), widened_all(rounded)))
     if found is not None:
         taken = [found.to(low.device) == 0 for low in lows]

@@ -1,14 +1,15 @@
 """Which policy owns which parameter.
 
 `apply_policy` writes it down here, and loss scaling reads it: an optimizer knows its parameters,
-not the modules that they belong to.
+not the modules that they belong to. ``fully_shard`` puts new parameters in a module's place for the
+old ones, past every method of it: those are found again by their modules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.loss_scale import LossScale, NoLossScale
@@ -17,6 +18,8 @@ from ..errors import PolicyError
 
 # by identity, because tensors compare elementwise; weakly, because a model may go away
 _policies: MutableMapping[Tensor, Policy] = WeakIdKeyDictionary()
+_owners: MutableMapping[nn.Module, Policy] = WeakIdKeyDictionary()
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def register(parameter: Tensor, policy: Policy) -> None:
@@ -24,9 +27,29 @@ def register(parameter: Tensor, policy: Policy) -> None:
     _policies[parameter] = policy
 
 
+def register_module(module: nn.Module, policy: Policy) -> None:
+    """Write down the policy of a module's own parameters.
+
+    Of layers that share one, the first to compute in 16 bits has it.
+    """
+    _owners[module] = policy
+    for parameter in module._parameters.values():
+        tied = None if parameter is None else _policies.get(parameter)
+        if parameter is not None and not (tied is not None and tied.is_low):
+            register(parameter, policy)
+
+
 def forget(parameter: Tensor) -> None:
     """Remove what was written down about ``parameter``, if anything was."""
     _policies.pop(parameter, None)
+
+
+def forget_module(module: nn.Module) -> None:
+    """Remove what was written down about a module and its own parameters."""
+    _owners.pop(module, None)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            forget(parameter)
 
 
 def policy_of_parameter(parameter: Tensor) -> Policy | None:
@@ -41,7 +64,15 @@ def policy_of_parameter(parameter: Tensor) -> Policy | None:
     >>> policy_of_parameter(weight) is None
     True
     """
-    return _policies.get(parameter)
+    policy = _policies.get(parameter)
+    if policy is None and type(parameter) not in _PLAIN and _owners:
+        for module, its in list(_owners.items()):
+            if any(
+                type(own) not in _PLAIN for own in module._parameters.values() if own is not None
+            ):
+                register_module(module, its)
+        policy = _policies.get(parameter)
+    return policy
 
 
 def loss_scale_of(parameters: Iterable[Tensor]) -> LossScale | None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ...core.policy import Policy
 from ...core.policy_names import Update
 from ...errors import LossScaleError
-from ..masters import add_digits, adopt, kept_of, update_of
+from ..masters import add_digits, adopt, kept_of, take_rest, update_of
 from ..registry import policy_of_parameter, register
 from .gradients import label_of
 
@@ -77,6 +77,9 @@ def split(optimizer: Optimizer, state_dict: dict[str, Any]) -> tuple[dict[str, A
 def give(rests: Rests) -> None:
     """Give the parameters the digits of a checkpoint, where they fit: see `masters.add_digits`."""
     for parameter, key, value in rests:
+        if ENTRIES.get(update_of(parameter)) == key:
+            take_rest(parameter, value)
+            continue
         value = value.to(parameter.device, torch.float32)
         exact = value if key == ENTRIES["master"] else parameter.detach().float() + value
         add_digits(parameter, exact)

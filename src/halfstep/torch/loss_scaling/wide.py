@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from ...core.policy_names import Update
 from ...errors import LossScaleError
 from ..casting import LOW
-from ..masters import CLOSE, OPEN, Kept, kept_of, update_of, widened_all
+from ..masters import CLOSE, OPEN, Kept, kept_of, update_of, version_of, widened_all
 from .closures import evaluates_once
 from .guards import is_watched
 
@@ -148,7 +148,7 @@ class WideSide:
             lows, rests = kept[update]
             CLOSE[update](lows, rests, wides, found)
             for low, rest in zip(lows, rests, strict=True):
-                rest.version = low._version
+                rest.version = version_of(low)
         return result
 
     @contextmanager

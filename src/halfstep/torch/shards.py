@@ -1,0 +1,121 @@
+"""DTensors, seen from one rank: its own part of each, and how a whole tensor is cut for it.
+
+``torch.distributed.tensor`` takes seconds to import, so that it is imported here only where
+there is a DTensor, which has imported it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PolicyError
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether the tensor is one rank's view of a tensor that several ranks hold.
+
+    >>> is_dtensor(torch.ones(2))
+    False
+    """
+    return type(tensor) not in _PLAIN and hasattr(tensor, "_local_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, without a copy; any other tensor as it is."""
+    if type(tensor) in _PLAIN:
+        return tensor
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
+def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return this rank's part of each tensor."""
+    return [local(tensor) for tensor in tensors]
+
+
+def placed_like(part: Tensor, pattern: Tensor) -> Tensor:
+    """Return a DTensor of which ``part`` is this rank's, with the shape and ranks of another."""
+    from torch.distributed.tensor import DTensor
+
+    shaped: Any = pattern
+    return DTensor.from_local(
+        part,
+        shaped.device_mesh,
+        shaped.placements,
+        run_check=False,
+        shape=shaped.shape,
+        stride=shaped.stride(),
+    )
+
+
+def cut_like(whole: Tensor, pattern: Tensor) -> Tensor | None:
+    """Return a whole tensor that every rank has, placed as a DTensor is; nothing is sent.
+
+    A plain shard is cut before a strided one, which FSDP2 makes of what tensor parallelism has cut
+    already. None where the parts do not come out as those of ``pattern``: an own way of sharding.
+    """
+    shaped: Any = pattern
+    if is_dtensor(whole) or whole.shape != pattern.shape:
+        return None
+    part = whole
+    placements = list(enumerate(shaped.placements))
+    plain = [p for p in placements if not hasattr(p[1], "split_factor")]
+    strided = [p for p in placements if hasattr(p[1], "split_factor")]
+    for place, placement in [*plain, *reversed(strided)]:
+        if placement.is_replicate():
+            continue
+        if not hasattr(placement, "dim"):
+            return None  # partial sums
+        ranks = shaped.device_mesh.size(place)
+        size = -(-part.shape[placement.dim] // ranks)
+        start = min(size * shaped.device_mesh.get_local_rank(place), part.shape[placement.dim])
+        end = min(start + size, part.shape[placement.dim])
+        part = part.narrow(placement.dim, start, end - start)
+    if part.shape != local(pattern).shape:
+        return None
+    return placed_like(part.clone().to(local(pattern).device), pattern)
+
+
+def set_values(parameter: Tensor, values: Tensor) -> None:
+    """Give a parameter other values, which may have another dtype; it stays the same object.
+
+    ``Tensor.data`` does that for a plain one. Of a DTensor it would change the outside alone: it
+    trades places with a new one, as in ``nn.Module.to``.
+
+    Raises:
+        PolicyError: something holds on to the DTensor as it is.
+    """
+    if not is_dtensor(parameter):
+        parameter.data = values
+        return
+    try:
+        torch.utils.swap_tensors(parameter, nn.Parameter(values, parameter.requires_grad))  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise PolicyError(
+            f"apply_policy: a sharded weight of shape {tuple(parameter.shape)} cannot change its "
+            f"dtype now ({error}). Apply the policy before anything else looks at the weights, or "
+            "before fully_shard and parallelize_module."
+        ) from None
+
+
+def refuse_after_forward(modules: Iterable[nn.Module]) -> None:
+    """Raise if FSDP2 has gathered one of these modules already: it took note of the dtypes then.
+
+    Raises:
+        PolicyError: with what to do.
+    """
+    for module in modules:
+        find: Any = getattr(module, "_get_fsdp_state", None)
+        if find is not None and find()._is_root is not None:
+            raise PolicyError(
+                f"The dtype of the weights of this {type(module).__name__} cannot change any more: "
+                "fully_shard fixes it at the first forward pass. Apply or remove a policy that "
+                "stores weights in 16 bits ('master_bfloat16', 'bfloat16', ...) before that; "
+                "later, load its state dict into a new model."
+            )
