@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .machine import sentence
+from .styles import RIVALS
 from .tables import Table
 
 Row = dict[str, Any]
@@ -104,11 +105,13 @@ def _moved(row: Row) -> int:
 
 
 def _moved_against(row: Row, rows: list[Row], kind: str) -> str:
-    """The bytes that casts move, over those of torch.amp; empty for torch.amp itself."""
+    """The bytes that casts move, over those of torch.amp with the same lists of operations."""
     found = [
         other for other in rows if (other["workload"], other["kind"]) == (row["workload"], kind)
     ]
-    if row["kind"] != "halfstep" or not found:
+    # functional="compute" follows no lists, and is compared with both
+    fair = RIVALS.get(row["kind"]) == kind or row["functional"] == "compute"
+    if not fair or not found:
         return ""
     return f"{_moved(row) / _moved(found[0]):.2f}"
 
@@ -182,10 +185,6 @@ REASONS: tuple[str, ...] = (
     "small tensor operations, where `GradScaler` has a kernel for each and reads the verdict on "
     "the host.",
     "Not explained: the host's part, (1) or (2), is smaller than this difference.",
-    "Each RMSNorm gets 16 bits, and torch's rms_norm is made of small operations on a CPU, which "
-    "cast them to float32 and back (8 + 8 casts here); a GPU has one kernel for it. With the "
-    "default the residual stream of this model, whose inputs are float32, stays float32, so that "
-    "torch.amp casts nothing there; functional='compute' needs fewer bytes.",
 )
 """Why halfstep is slower or needs more."""
 
@@ -206,7 +205,7 @@ def worse_table(results: Row) -> Table:
     rows = [
         [row["workload"], row["style"], *cells]
         for row in (*results["steps"], *results["host_time"])
-        if row["kind"] == "halfstep" and row.get("why") is None
+        if row["kind"] in RIVALS and row.get("why") is None
         for cells in (*_more(row, results["steps"]), *_slower(row))
     ]
     head = ("model", "style", "measure", "of torch.amp's", "reason")
@@ -214,7 +213,7 @@ def worse_table(results: Row) -> Table:
 
 
 def _slower(row: Row) -> Iterator[list[str]]:
-    ratio = row["time"]["to_amp"]
+    ratio = None if row["time"] is None else row["time"]["to_amp"]
     if ratio is not None and ratio["low"] > 1:
         yield ["time", f"{ratio['median']:.2f}x", _reason("time", row)]
 
@@ -224,7 +223,7 @@ def _more(row: Row, rows: list[Row]) -> Iterator[list[str]]:
         other
         for other in rows
         if (other["workload"], other["dtype"], other["kind"])
-        == (row["workload"], row["dtype"], "torch.amp")
+        == (row["workload"], row["dtype"], RIVALS[row["kind"]])
         and other["why"] is None
     ]
     for name, value in MEASURES if amp else ():
@@ -238,8 +237,6 @@ SAME = 1.005
 
 
 def _reason(measure: str, row: Row) -> str:
-    if (measure, row["workload"]) == ("bytes moved by casts", "llama"):
-        return "(4)"
     if measure != "time" or row["workload"] not in HOST_BOUND:
         return "(3)"
     return "(2)" if row["dtype"] == "float16" else "(1)"
@@ -251,8 +248,8 @@ def reasons() -> str:
 
 
 EMULATED = (
-    "\"CUDA's lists\" is torch.amp with CUDA's lists of operations, emulated on the CPU: counted, "
-    "not timed."
+    "\"CUDA's lists\" are CUDA's lists of operations, emulated on the CPU: counted, not timed. "
+    '"Inputs cast" is cast_forward_inputs=True.'
 )
 
 INTRODUCTION = """\
@@ -278,8 +275,13 @@ How it is measured:
   work on the machine does not count.
 - *CUDA's lists*: on a CPU, `torch.autocast` leaves softmax, norms and most losses in 16 bits; on
   CUDA it sends them to float32. That is emulated here above autocast (`benchmarks/styles.py`),
-  and not timed. On CUDA itself, softmax of float16 needs no cast of its own: one kernel reads
-  float16 and writes float32.
+  for `torch.amp` and for halfstep's default, which runs the code between layers under autocast,
+  and not timed. On CUDA, softmax of float16 needs no cast of its own, because one kernel reads
+  float16 and writes float32 and another does the reverse for the gradient; such casts do not count
+  here. There is none for bfloat16. `functional="compute"` follows no lists. An RMSNorm in 16 bits
+  has one kernel on CUDA; on a CPU it casts to float32 and back, with any lists.
+- *Inputs cast* is `cast_forward_inputs=True`, for the models whose float32 inputs are the beginning
+  of a residual stream: without it the stream stays float32, as under `torch.amp`.
 
 Step times on a CPU without 16-bit arithmetic say what 16 bits cost there, and nothing about a
 GPU: `halfstep doctor --measure` says what they cost on yours.
@@ -321,7 +323,8 @@ ACCUMULATION = """
 Between the micro-batches of a step no weight changes; `weights_unchanged` says so, and their
 copies are made once a step. `torch.autocast` keeps its copies only inside one `with` block, here
 one a micro-batch, as its documentation advises. Of the last two columns, one divides by torch.amp
-with this device's lists, one by torch.amp with CUDA's. Made by
+with this device's lists, one by torch.amp with CUDA's; halfstep's default is compared with the same
+lists. Made by
 `python -m benchmarks --part accumulation`."""
 
 COMPILED = """
@@ -350,4 +353,4 @@ one, which needs none of them. Made by `python -m benchmarks --part host_reads`.
 
 WORSE = """
 Each measure of each model in which halfstep does worse than `torch.amp` in the same dtype with
-the lists of this device; a time counts where the lower quartile of the ratio is above 1."""
+the same lists; a time counts where the lower quartile of the ratio is above 1."""

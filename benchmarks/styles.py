@@ -5,35 +5,46 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from halfstep.torch import LossScaleOptimizer, apply_policy, autocast
 
 LOW = (torch.float16, torch.bfloat16)
 
 Kind = Literal[
-    "float32", "torch.amp", "torch.amp, CUDA's lists", "halfstep", "halfstep rewrite",
-    "Fabric", "Transformer Engine", "torchao float8",
+    "float32", "torch.amp", "torch.amp, CUDA's lists", "halfstep", "halfstep, CUDA's lists",
+    "halfstep rewrite", "Fabric", "Transformer Engine", "torchao float8",
 ]  # fmt: skip
 Functional = Literal["autocast", "compute"]
 OURS = frozenset(("halfstep", "halfstep rewrite"))
-"""The kinds that are compared with torch.amp."""
+"""The kinds whose time is compared with torch.amp's."""
+
+RIVALS: dict[str, Kind] = {
+    "halfstep": "torch.amp",
+    "halfstep, CUDA's lists": "torch.amp, CUDA's lists",
+}
+"""The kinds of eager steps that are ours, and what their counts are compared with."""
 
 
 class CudaLists(TorchFunctionMode):
-    """Send to float32, before they are called, the functions that CUDA's autocast sends there.
+    """Send to float32, where autocast is on, the functions that CUDA's autocast sends there.
 
     On the CPU, torch's own lists are shorter: they leave softmax and the norms in 16 bits. The
     names are those of ``AT_FORALL_FP32`` and ``AT_FORALL_FP32_SET_OPT_DTYPE`` in
     ``aten/src/ATen/autocast_mode.h`` of torch 2.13, as they are called from Python; a loss is
-    named by its own function. Where CUDA has one kernel that reads float16 and writes float32
-    (softmax of float16), the cast that this makes is no launch of its own there.
+    named by its own function.
+
+    For softmax of float16, CUDA has one kernel that reads float16 and writes float32, and one that
+    does the reverse for its gradient (``at::softmax`` with a dtype, ``aten/src/ATen/native/
+    SoftMax.cpp`` and ``cuda/SoftMax.cu``, which take float16 alone): those casts are made here
+    where no one counts them. Those of bfloat16 are launches of their own there, and count.
     """
 
     NAMES = frozenset(
@@ -47,6 +58,7 @@ class CudaLists(TorchFunctionMode):
         matrix_norm sum
         """.split()  # noqa: SIM905  (a list of words reads as one)
     )
+    READ_FLOAT16 = frozenset(("softmax", "log_softmax", "softmin"))
 
     def __torch_function__(
         self,
@@ -56,14 +68,36 @@ class CudaLists(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in self.NAMES:
-            args = tuple(map(_float32, args))
-            kwargs = {name: _float32(value) for name, value in kwargs.items()}
+        name = getattr(func, "__name__", "")
+        if name in self.NAMES and torch.is_autocast_enabled("cpu"):
+            cast = _float32_inside if name in self.READ_FLOAT16 else _float32
+            args = tuple(map(cast, args))
+            kwargs = {key: cast(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
 def _float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in LOW else value
+
+
+def _float32_inside(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype is torch.float16:
+        return InsideOfAKernel.apply(value)  # type: ignore[no-untyped-call]
+    return _float32(value)
+
+
+class InsideOfAKernel(torch.autograd.Function):
+    """Casts float16 to float32, and the gradient back, unseen by those who count casts."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        with _disable_current_modes():
+            return value.float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        with _disable_current_modes():
+            return gradients[0].half()
 
 
 @dataclass(frozen=True)
@@ -74,6 +108,7 @@ class Style:
         kind: whose: a key of `FAMILIES`.
         dtype: the 16-bit dtype, or float32.
         functional: halfstep's argument of that name.
+        cast_forward_inputs: halfstep's argument of that name.
         timed: whether its time says anything: an emulation's does not.
         backend: compile the model with this backend of ``torch.compile``; None runs it eagerly.
         tf32: whether float32 products may use TF32, on GPUs that have it.
@@ -85,12 +120,14 @@ class Style:
     timed: bool = True
     backend: str | None = None
     tf32: bool = False
+    cast_forward_inputs: bool | None = None
 
     @property
     def name(self) -> str:
         """What the tables call it."""
         low = "" if self.kind == "float32" else " " + self.word
         words = "" if self.functional is None else f", {self.functional}"
+        words += ", inputs cast" if self.cast_forward_inputs else ""
         return f"{self.kind}{low}{words}" + (" with TF32" if self.tf32 else "")
 
     @property
@@ -204,7 +241,10 @@ def _compiled(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module
 def _policied(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module:
     if style.functional is None:
         return model
-    apply_policy(model, f"mixed_{style.word}", overrides, functional=style.functional)
+    apply_policy(
+        model, f"mixed_{style.word}", overrides, functional=style.functional,
+        cast_forward_inputs=style.cast_forward_inputs,
+    )  # fmt: skip
     return _compiled(model, style, overrides)
 
 
@@ -250,6 +290,10 @@ def _cuda_lists(style: Style, device: str) -> Iterator[None]:
         yield
 
 
+def _cuda_lists_inside(style: Style, device: str) -> AbstractContextManager[Any]:
+    return CudaLists()
+
+
 def _fabric(style: Style, device: str) -> AbstractContextManager[Any]:
     from lightning_fabric.plugins.precision import MixedPrecision
 
@@ -290,6 +334,7 @@ FAMILIES: dict[Kind, Family] = {
     "torch.amp": Family(),
     "torch.amp, CUDA's lists": Family(context=_cuda_lists),
     "halfstep": Family(_policied, _nothing, _loss_scaled),
+    "halfstep, CUDA's lists": Family(_policied, _cuda_lists_inside, _loss_scaled),
     "halfstep rewrite": Family(_rewritten, _nothing, _loss_scaled, compiles=True),
     # its optimizer_step is GradScaler's step and update
     "Fabric": Family(context=_fabric, needs="lightning_fabric"),
@@ -299,15 +344,26 @@ FAMILIES: dict[Kind, Family] = {
 """One row a kind; a new way to train is a new row, and a style in `styles_of` or `compiled`."""
 
 
-def styles_of(device: str) -> tuple[Style, ...]:
-    """Return the eager styles; CUDA's lists need no emulation on an accelerator."""
+def styles_of(device: str, streams: bool = False) -> tuple[Style, ...]:
+    """Return the eager styles.
+
+    Args:
+        device: CUDA's lists need no emulation on an accelerator.
+        streams: whether the model's float32 inputs start a residual stream, which is then measured
+            in 16 bits too.
+    """
     found = [Style("float32")]
     for dtype in LOW:
-        found.append(Style("torch.amp", dtype))
-        if device == "cpu":
-            found.append(Style("torch.amp, CUDA's lists", dtype, timed=False))
-        found.append(Style("halfstep", dtype, "autocast"))
-        found.append(Style("halfstep", dtype, "compute"))
+        ours = [Style("halfstep", dtype, "autocast"), Style("halfstep", dtype, "compute")]
+        if streams:
+            ours.append(Style("halfstep", dtype, "autocast", cast_forward_inputs=True))
+        found += [Style("torch.amp", dtype), *ours]
+        if device == "cpu":  # functional="compute" follows no lists
+            listed = [each for each in ours if each.functional == "autocast"]
+            found += [
+                Style("torch.amp, CUDA's lists", dtype, timed=False),
+                *(replace(each, kind="halfstep, CUDA's lists", timed=False) for each in listed),
+            ]
     return tuple(found)
 
 

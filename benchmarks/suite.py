@@ -12,7 +12,7 @@ from halfstep.errors import PolicyError
 from halfstep.torch import weights_unchanged
 
 from .measures import Counts, MakeOptimizer, Training, count, start, time_together
-from .styles import Style, styles_of
+from .styles import RIVALS, Style, styles_of
 from .workloads import TINY, Workload, workloads_for
 
 Row = dict[str, Any]
@@ -22,13 +22,17 @@ Names = Collection[str] | None
 
 MICRO_BATCHES = 8
 
+STREAMS = frozenset(("gpt-explicit", "gpt-fused", "llama"))
+"""Workloads whose float32 inputs are the beginning of a residual stream."""
+
 
 def steps(device: str, seconds: float, say: Say, only: Names = None) -> list[Row]:
     """Casts, bytes and time of a step, for every workload in every style."""
     rows: list[Row] = []
     for workload in chosen(workloads_for(device), only):
         say(f"{workload.name}: {workload.about}")
-        started = [_started(workload, style, device) for style in styles_of(device)]
+        styles = styles_of(device, workload.name in STREAMS)
+        started = [_started(workload, style, device) for style in styles]
         able = [training for training, _, why in started if why is None]
         times = time_together([t for t in able if t.style.timed], seconds=seconds)
         for training, counts, why in started:
@@ -75,10 +79,10 @@ def accumulation(device: str, say: Say, only: Names = None) -> list[Row]:
     rows: list[Row] = []
     for workload in chosen(workloads_for(device), only):
         say(f"{workload.name}, {MICRO_BATCHES} micro-batches a step")
-        for style in styles_of(device):
+        for style in styles_of(device, workload.name in STREAMS):
             if style.dtype is not torch.bfloat16:
                 continue
-            for kept in (False, True) if style.kind == "halfstep" else (False,):
+            for kept in (False, True) if style.kind in RIVALS else (False,):
                 rows += _accumulated(workload, style, device, kept)
     return rows
 
@@ -139,4 +143,5 @@ def _row(workload: Workload, style: Style) -> Row:
         "kind": style.kind,
         "dtype": str(style.dtype).removeprefix("torch."),
         "functional": style.functional,
+        "cast_forward_inputs": style.cast_forward_inputs,
     }

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BF16 = torch.bfloat16
+BF16, F16 = torch.bfloat16, torch.float16
+SOFTMAXES = 4
+"""Of the GPTs with explicit attention: one a layer."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,7 +25,7 @@ def repository():
 
 
 @functools.cache
-def counted(name, kind, functional=None, micro_batches=1):
+def counted(name, kind, functional=None, micro_batches=1, dtype=BF16, inputs=None):
     from benchmarks.measures import count, start
     from benchmarks.styles import Style
     from benchmarks.workloads import workloads_for
@@ -31,15 +33,20 @@ def counted(name, kind, functional=None, micro_batches=1):
     from halfstep.torch import weights_unchanged
 
     workload = next(each for each in workloads_for("cpu") if each.name == name)
-    training = start(workload, Style(kind, BF16, functional))
+    style = Style(kind, dtype, functional, cast_forward_inputs=inputs)
+    training = start(workload, style)
     training.micro_batches = micro_batches
     if kind == "halfstep" and micro_batches > 1:
         training.around = lambda: weights_unchanged(training.model)
     return count(training)
 
 
-def amp(name, micro_batches=1):
-    return counted(name, "torch.amp, CUDA's lists", micro_batches=micro_batches)
+def amp(name, micro_batches=1, dtype=BF16):
+    return counted(name, "torch.amp, CUDA's lists", micro_batches=micro_batches, dtype=dtype)
+
+
+def listed(name, dtype, inputs=None):
+    return counted(name, "halfstep, CUDA's lists", "autocast", dtype=dtype, inputs=inputs)
 
 
 def casts(counts):
@@ -52,6 +59,39 @@ def moved(counts):
 
 def test_the_emulated_lists_cast_as_often_as_on_cuda():
     assert casts(amp("gpt-explicit")) == 104
+    # one kernel reads float16 and writes float32, another does the reverse for the gradient
+    assert casts(amp("gpt-explicit", dtype=F16)) == 104 - 2 * SOFTMAXES
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+@pytest.mark.parametrize(("dtype", "launches"), [(F16, []), (BF16, ["forward", "backward"])])
+def test_softmax_of_float16_casts_inside_of_its_kernel(name, dtype, launches):
+    from benchmarks.measures import Observer
+    from benchmarks.styles import CudaLists
+
+    x = torch.randn(4, 8, dtype=dtype, requires_grad=True)
+    exact = x.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype), CudaLists(), Observer() as seen:
+        y = getattr(x, name)(-1)
+        seen.phase = "backward"
+        y[:, 0].sum().backward()
+    getattr(exact, name)(-1)[:, 0].sum().backward()
+    assert [cast.phase for cast in seen.casts] == launches
+    assert (y.dtype, x.grad.dtype) == (torch.float32, dtype)
+    assert torch.equal(y, getattr(exact, name)(-1))
+    assert torch.equal(x.grad, exact.grad.to(dtype))
+
+
+def test_the_emulated_lists_hold_where_autocast_is_on():
+    from benchmarks.styles import CudaLists
+
+    x = torch.ones(2, dtype=F16)
+    with CudaLists():
+        assert x.softmax(-1).dtype is F16
+        with torch.autocast("cpu", F16):
+            assert (x.softmax(-1).dtype, x.exp().dtype) == (torch.float32, torch.float32)
+            with torch.autocast("cpu", enabled=False):
+                assert x.exp().dtype is F16
 
 
 def test_explicit_attention_in_the_compute_dtype():
@@ -62,14 +102,39 @@ def test_explicit_attention_in_the_compute_dtype():
     assert ours.saved_bytes <= 0.71 * theirs.saved_bytes
 
 
+# A pair of casts around each softmax is autocast's list at work: its float32 result is cast for
+# the product behind it, and the gradient on its way back. In bfloat16 there is a second pair,
+# before the softmax, which no kernel of CUDA's takes in.
+@pytest.mark.parametrize(("dtype", "softmax"), [(F16, 2), (BF16, 4)])
+@pytest.mark.parametrize(
+    ("name", "inputs", "compute"), [("lm-explicit", None, 6), ("gpt-explicit", True, 3)]
+)
+def test_the_default_casts_only_around_explicit_softmax(name, inputs, compute, dtype, softmax):
+    ours, theirs = listed(name, dtype, inputs), amp(name, dtype=dtype)
+    without = counted(name, "halfstep", "compute")
+    assert (casts(without), without.groups) == (compute, 2)
+    assert (casts(ours), ours.groups) == (compute + softmax * SOFTMAXES, 2)
+    assert moved(ours) < moved(theirs)
+    assert ours.saved_bytes < theirs.saved_bytes
+
+
+def test_the_default_keeps_a_float32_stream_in_float32():
+    norms = branches = 2 * SOFTMAXES
+    found = listed("gpt-explicit", F16).casts
+    assert found["forward"] == norms + SOFTMAXES
+    # the gradient of each branch, and of what each norm was given; the model's inputs have none
+    assert found["backward"] == branches + norms - 1 + SOFTMAXES
+
+
 def test_fused_attention_saves_less():
     ours = counted("gpt-fused", "halfstep", "compute")
     assert ours.saved_bytes <= 0.911 * amp("gpt-fused").saved_bytes
 
 
+@pytest.mark.parametrize("name", ["convnet", "llama"])
 @pytest.mark.parametrize("functional", ["autocast", "compute"])
-def test_a_convnet_is_nowhere_worse(functional):
-    ours, theirs = counted("convnet", "halfstep", functional), amp("convnet")
+def test_nothing_is_worse(name, functional):
+    ours, theirs = counted(name, "halfstep", functional), amp(name)
     assert casts(ours) + ours.groups < casts(theirs)
     assert moved(ours) <= moved(theirs)
     assert ours.saved_bytes <= theirs.saved_bytes
@@ -98,3 +163,42 @@ def test_a_style_that_cannot_run_is_a_row_that_says_why(monkeypatch):
         None,
         "could not create a primitive",
     )
+
+
+def test_counts_are_compared_with_the_same_lists():
+    from benchmarks import pages
+
+    def row(kind, functional, moved):
+        found = {"workload": "w", "kind": kind, "dtype": "bfloat16", "functional": functional}
+        found |= {"style": f"{kind} {functional}", "casts": {"forward": 1}, "groups": 0}
+        found |= {"cast_bytes": moved, "group_bytes": 0, "saved_bytes": 1, "time": None}
+        return found | {"why": None}
+
+    rows = [
+        row("torch.amp", None, 10),
+        row("torch.amp, CUDA's lists", None, 20),
+        row("halfstep", "autocast", 5),
+        row("halfstep", "compute", 4),
+        row("halfstep, CUDA's lists", "autocast", 30),
+    ]
+    table = pages.accumulation_table({"accumulation": rows, "micro_batches": 8})
+    ratios = [cells[-2:] for cells in table.rows]
+    assert ratios == [["", ""], ["", ""], ["0.50", ""], ["0.40", "0.20"], ["", "1.50"]]
+    worse = pages.worse_table({"steps": rows, "host_time": []})
+    assert [cells[1:4] for cells in worse.rows] == [
+        ["halfstep, CUDA's lists autocast", "bytes moved by casts", "1.50x"]
+    ]
+
+
+def test_inputs_are_cast_where_they_start_a_residual_stream():
+    from benchmarks.styles import styles_of
+    from benchmarks.suite import STREAMS
+    from benchmarks.workloads import workloads_for
+
+    assert {each.name for each in workloads_for("cpu")} >= STREAMS
+    plain, streams = styles_of("cpu"), styles_of("cpu", streams=True)
+    assert not any(style.cast_forward_inputs for style in plain)
+    more = {style.name for style in streams} - {style.name for style in plain}
+    kinds = ("halfstep", "halfstep, CUDA's lists")
+    words = ("float16", "bfloat16")
+    assert more == {f"{kind} {word}, autocast, inputs cast" for kind in kinds for word in words}
