@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from halfstep import PolicyError
-from halfstep.torch import apply_policy, audit, policy_summary, remove_policy
+from halfstep import PolicyError, PolicyMap
+from halfstep.torch import apply_policy, audit, policy_summary, remove_policy, tune
+from halfstep.torch.blaming import trials
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 BOTH = pytest.mark.parametrize("functional", ["autocast", "compute"])
@@ -257,6 +258,36 @@ def test_an_audit_looks_at_the_model_as_it_will_run():
             Large(), "mixed_float16", batch, silence=["hardware"], cast_forward_inputs=option
         )
         assert [found.rule for found in report if found.rule == "overflow"] == rules
+
+
+def test_blame_runs_a_model_again_with_its_own():
+    model = apply_policy(Spy(), "mixed_bfloat16", cast_forward_inputs=True)
+    assert given(trials._applied(copy.deepcopy(model), PolicyMap("mixed_bfloat16"))) is BF16
+
+
+@pytest.mark.parametrize(("option", "kept"), [(None, []), (True, [""])])
+def test_tune_searches_with_it(option, kept):
+    class Squares(Spy):
+        def forward(self, x):
+            return self.layer((x * 300) ** 2 / 9e4)  # 9e4 is beyond float16
+
+    class Fit:
+        make_model = staticmethod(Squares)
+
+        @staticmethod
+        def make_optimizer(model):
+            return torch.optim.SGD(model.parameters(), 1e-2)
+
+        @staticmethod
+        def batches(epoch, seed):
+            return torch.randn(8, 16, 4, generator=torch.Generator().manual_seed(seed))
+
+        @staticmethod
+        def loss(model, x):
+            return (model(x) - x.sum(1, True)).square().mean()
+
+    found = tune(Fit, steps=6, cast_forward_inputs=option)
+    assert [layer.path for layer in found.layers] == kept
 
 
 # ------------------------------------------------------------------ FSDP2 has the same words
