@@ -15,6 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .painting import Painter
 from .standing import Apart, variables
+from .warm_start import Count, fingerprint
 
 Compiled: TypeAlias = Callable[..., Any]
 Backend: TypeAlias = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
@@ -28,8 +29,14 @@ def inductor(painter: Painter) -> Backend:
     def compile_(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         from torch._inductor.compile_fx import compile_fx
 
-        patches = {"joint_custom_pre_pass": _Pass(painter)}
+        key = fingerprint(painter, graph)
+        count, pass_ = Count(key, graph, inputs), _Pass(painter, key)
+        patches = {"joint_custom_pre_pass": pass_}
         compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+        if pass_.low_operations is not None:
+            count.write(pass_.low_operations)
+        else:
+            painter.found(count.read())
         return compiled  # type: ignore[no-any-return]
 
     return _watched(compile_, painter)
@@ -38,16 +45,15 @@ def inductor(painter: Painter) -> Backend:
 class _Pass(CustomGraphPass):
     """Paints Inductor's joint graphs, and its graphs without a backward pass."""
 
-    def __init__(self, painter: Painter) -> None:
-        self._painter = painter
+    def __init__(self, painter: Painter, key: str) -> None:
+        self._painter, self._key = painter, key
+        self.low_operations: int | None = None
 
     def __call__(self, graph: fx.Graph) -> None:
-        self._painter.paint(graph)
+        self.low_operations = (self.low_operations or 0) + self._painter.paint(graph)
 
-    def uuid(self) -> Any | None:
-        # A graph out of Inductor's cache would not pass through here, and nobody could say what
-        # was painted in it
-        return None
+    def uuid(self) -> str:
+        return self._key
 
 
 def aot_eager(painter: Painter) -> Backend:

@@ -104,18 +104,18 @@ def results_of(node: fx.Node) -> Iterator[tuple[int | None, Any]]:
 
 
 def _add_input(program: Program, node: fx.Node) -> None:
-    made = node.meta.get("val")
-    captured = _captured(node)
-    made = captured if made is None else made
-    if not is_float32(made):
+    held, made = captured(node), node.meta.get("val")
+    made = held if made is None else made
+    if made is None or not is_float32(made):
         return
-    value = program.graph.value(elements(made), _numbers(captured))
+    value = program.graph.value(elements(made), _numbers(held))
     program.values[node, None] = value
-    because = "an input" if captured is None else "a captured tensor"
+    because = "an input" if held is None else "a captured tensor"
     program.graph.add(Node("input", Kind.OPAQUE, fixed_results=(value,), because=because))
 
 
-def _captured(node: fx.Node) -> Any:
+def captured(node: fx.Node) -> Tensor | None:
+    """Return the tensor that a graph holds in itself, None for any other node."""
     if node.op != "get_attr":
         return None
     found: Any = node.graph.owning_module
@@ -225,7 +225,7 @@ class _Arguments:
     def _take_tensor(self, name: str, given: fx.Node) -> None:
         made = given.meta.get("val")
         if made is None:
-            made = _captured(given)
+            made = captured(given)
         value = self._program.value(given)
         if value is not None:
             self.tensors = True

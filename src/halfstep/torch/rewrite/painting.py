@@ -62,10 +62,14 @@ class Painter:
     graphs: int = 0
     low_operations: int = 0
 
-    def paint(self, graph: fx.Graph) -> None:
-        """Rewrite a graph, the operations of forward and backward together or of one."""
+    def paint(self, graph: fx.Graph) -> int:
+        """Rewrite a graph, the operations of forward and backward together or of one.
+
+        Returns:
+            How many of its operations run in 16 bits.
+        """
         paths = {node: self.paths.of(node) for node in graph.nodes if node.op == "call_function"}
-        program = build(graph, self.lists, lambda node: self._kept(paths.get(node)))
+        program = build(graph, self.lists, lambda node: self.kept(paths.get(node)))
         painting = paint(program.graph, format_of(self.dtype))
         rewritten = rewrite(program, painting, getattr(torch, self.dtype))
         painted = Painted(program, painting, rewritten, paths)
@@ -73,9 +77,20 @@ class Painter:
         self.low_operations += painted.low_operations
         if self.keep:
             self.painted.append(painted)
+        return painted.low_operations
 
-    def _kept(self, path: str | None) -> str | None:
-        """Why an operation stays in float32 on request: the policy of its module."""
+    def found(self, low_operations: int | None) -> None:
+        """Count a graph that was painted by another process.
+
+        Args:
+            low_operations: how many of its operations run in 16 bits; None where this was lost,
+                which is taken for one, since a graph with none is rarely kept.
+        """
+        self.graphs += 1
+        self.low_operations += 1 if low_operations is None else low_operations
+
+    def kept(self, path: str | None) -> str | None:
+        """Return why an operation of a module stays in float32 on request, None if it does not."""
         while path is not None:
             rule = self.policies.get(path)
             if rule is not None:

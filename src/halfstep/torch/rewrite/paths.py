@@ -111,7 +111,7 @@ class Paths:
             code = frame.f_code
             # a frame's variables are copied to be looked at
             if "self" in code.co_varnames or "self" in code.co_freevars:
-                path = self.path_of(frame.f_locals.get("self"))
+                path = self.path_of(_compiled(frame.f_locals.get("self")))
             frame = frame.f_back
         return path
 
@@ -135,6 +135,11 @@ class Paths:
     def _named(self, name: str) -> str:
         root, relative = split_root(name)
         return f"{self._roots.get(root, '')}.{relative}".strip(".")
+
+
+def _compiled(value: object) -> object:
+    """Return the module that torch.compile wrapped, and anything else as it is."""
+    return value._modules.get("_orig_mod", value) if isinstance(value, nn.Module) else value
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
