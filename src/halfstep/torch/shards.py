@@ -119,3 +119,22 @@ def refuse_after_forward(modules: Iterable[nn.Module]) -> None:
                 "stores weights in 16 bits ('master_bfloat16', 'bfloat16', ...) before that; "
                 "later, load its state dict into a new model."
             )
+
+
+def part_of_gradient(parameter: Tensor, grad: Tensor) -> tuple[Tensor, int]:
+    """Return this rank's part of a DTensor gradient, and in how many parts the whole is cut.
+
+    A gradient that is placed otherwise than its parameter (sums that are not made yet: that of a
+    norm under sequence parallelism) is placed alike first, in ``.grad`` too. The optimizer would
+    do it, and what counts is the sum.
+    """
+    sharded: Any = grad
+    own: Any = parameter
+    if is_dtensor(parameter) and sharded.placements != own.placements:
+        sharded = sharded.redistribute(placements=own.placements)
+        parameter.grad = sharded
+    ways = 1
+    for place, placement in enumerate(sharded.placements):
+        if not placement.is_replicate():
+            ways *= sharded.device_mesh.size(place)
+    return sharded.to_local(), ways

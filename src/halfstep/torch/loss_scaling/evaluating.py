@@ -9,7 +9,8 @@ import torch
 from ...errors import LossScaleError
 from .closures import Closure, NotFinite, evaluates_once, step_or_restore
 from .gradients import Gradients, divide_
-from .scaled_step import Flag, ScaledStep, Stage
+from .scaled_step import ScaledStep, Stage
+from .spread import Flag
 
 
 class EvaluatedStep(ScaledStep):
@@ -82,10 +83,9 @@ class EvaluatedStep(ScaledStep):
 
     def _ready(self, grads: Gradients, flags: list[Flag]) -> bool:
         """Unscale and clip the gradients in place; say, by one host read, if they are finite."""
-        if not grads and self.process_group is None:
+        if not grads and not self._agreement.ranks(True):
             return True
-        verdict = self._verdict(grads)
-        flag = self._agree(verdict.found, bool(grads))
+        verdict, flag = self._judge(grads)
         divide_(grads, verdict.divisor)
         self._now.last_norm = verdict.norm if self.max_norm is not None else None
         flags.append(flag)

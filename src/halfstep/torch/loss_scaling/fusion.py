@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from ..shards import is_dtensor
+
 DEVICES = ("cpu", "cuda", "xpu")
 """Where the fused kernels take a scale and a skip flag."""
 
@@ -162,7 +164,11 @@ def _allows_fused(optimizer: Optimizer) -> bool:
         # one kind: a flag that travels to the CPU would have to be waited for
         and len(kinds) == 1
         and kinds <= set(DEVICES)
-        and all(type(p) in _PLAIN_TENSORS and p.is_floating_point() for p in parameters)
+        # a step of DTensors is one of their shards: see `shard_lending`
+        and all(
+            (type(p) in _PLAIN_TENSORS or is_dtensor(p)) and p.is_floating_point()
+            for p in parameters
+        )
     )
 
 

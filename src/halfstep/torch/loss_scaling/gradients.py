@@ -18,9 +18,11 @@ from torch.optim import Optimizer
 from ...errors import LossScaleError
 from ..casting import FLOATS, LOW
 from ..masters import update_of
+from ..shards import part_of_gradient
 from .host import is_free, number
 
-Bucket = tuple[torch.device, torch.dtype]
+Bucket = tuple[torch.device, torch.dtype] | tuple[torch.device, torch.dtype, int]
+"""Which gradients are handled together; of DTensors, also in how many parts each is cut."""
 
 
 class Float16ParameterError(LossScaleError, ValueError):
@@ -127,6 +129,7 @@ def _add(found: Gradients, parameter: Tensor, grad: Tensor) -> None:
         return
     if grad.dtype != parameter.dtype and found.foreign is None and update_of(parameter) == "plain":
         found.foreign = parameter
+    ways = None
     if grad.is_sparse:
         found.sparse = True
         if not grad.is_coalesced():
@@ -134,11 +137,14 @@ def _add(found: Gradients, parameter: Tensor, grad: Tensor) -> None:
         grad = grad._values()
     elif hasattr(grad, "to_local"):
         found.sharded = True
-        grad = grad.to_local()
+        grad, ways = part_of_gradient(parameter, grad)
     if grad.is_complex():
         grad = torch.view_as_real(grad)
     if grad.numel():
-        found.buckets.setdefault((grad.device, grad.dtype), []).append(grad)
+        key: Bucket = (grad.device, grad.dtype)
+        if ways is not None:
+            key = (*key, ways)
+        found.buckets.setdefault(key, []).append(grad)
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -184,6 +190,12 @@ def norm_of(grads: Gradients, order: float, home: torch.device) -> Tensor:
     return together
 
 
+def norms_of(grads: Gradients) -> Iterator[tuple[Bucket, Tensor]]:
+    """Yield the 2-norms of the gradients, those of each bucket as one tensor on its device."""
+    for key, bucket in grads.buckets.items():
+        yield key, _norms(bucket, 2.0)
+
+
 def _norms(bucket: list[Tensor], order: float) -> Tensor:
     wide = torch.promote_types(bucket[0].dtype, torch.float32)
     return torch.stack(torch._foreach_norm(bucket, order, dtype=wide))
@@ -215,8 +227,8 @@ def divide_(grads: Gradients, divisor: Tensor | None) -> None:
     """Divide all gradients by a 0-dim tensor, in place; None leaves them alone."""
     if divisor is None:
         return
-    for (device, _), bucket in grads.buckets.items():
-        torch._foreach_div_(bucket, moved(divisor, device))
+    for key, bucket in grads.buckets.items():
+        torch._foreach_div_(bucket, moved(divisor, key[0]))
 
 
 @dataclass(frozen=True)
@@ -260,8 +272,13 @@ def judge(grads: Gradients, scale: Tensor, max_norm: float | None, home: torch.d
     found = (norm - norm).ne_(0).to(torch.float32)  # 0 if the norm is finite, else NaN: 1
     if max_norm is None:
         return Verdict(found, scale, norm)
+    return Verdict(found, clipping_divisor(norm, scale, max_norm), norm)
+
+
+def clipping_divisor(norm: Tensor, scale: Tensor, max_norm: float) -> Tensor:
+    """Return what divides scaled gradients so that they are unscaled and clipped, in float32."""
     clip = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    return Verdict(found, (scale / clip).to(torch.float32), norm)
+    return (scale / clip).to(torch.float32)
 
 
 def blame(optimizer: Optimizer, most: int = 5) -> str:

@@ -25,13 +25,11 @@ from .history import History, exhausted_message
 from .lost import LostUpdates
 from .outputs import over_tensors, scaled
 from .proxy import OptimizerProxy
+from .shard_lending import shards_lent, steps_on_shards
+from .spread import Agreement, Flag, agree, judge_together
 from .state import ScaleState
 from .stepping import Skip, step_now, take_step
 from .wide import WideSide
-
-Flag = tuple[Tensor, Tensor | None]
-"""Whether a gradient is not finite, and whether any rank has one (None: this one has)."""
-
 
 _NOTHING = nullcontext()
 
@@ -100,6 +98,7 @@ class ScaledStep(OptimizerProxy):
         self._stand_before(optimizer)
         self.max_norm = max_norm
         self.process_group = process_group
+        self._agreement = Agreement(optimizer, process_group)
         self._fusion = fusion
         self._wide = WideSide(optimizer)
         self._lost: LostUpdates | None = None
@@ -216,7 +215,7 @@ class ScaledStep(OptimizerProxy):
 
     def _decide_and_step(self) -> None:
         grads = self._gather()
-        if not grads and self.process_group is None:
+        if not grads and not self._agreement.ranks(True):
             self._now.last_found = None
             self._end()
             return
@@ -224,18 +223,23 @@ class ScaledStep(OptimizerProxy):
             observer.before_step(self, self._scale_now() if self._now.found is None else None)
         with self._wide.lent() if self._wide else _NOTHING:
             self._fusion.follow(grads.sparse)
-        verdict = self._verdict(grads)
-        found, taken = self._agree(verdict.found, bool(grads))
+        verdict, (found, taken) = self._judge(grads)
         self._take(grads, Skip(found), verdict.divisor)
         self._now.last_norm = verdict.norm if self.max_norm is not None else None
         self._record(found, taken)
 
     def _take(self, grads: Gradients, skip: Skip, divisor: Tensor | None) -> None:
         inner = self.inner_optimizer
+
+        def take(own: Gradients) -> None:
+            on_shards = grads.sharded and grads.foreign is None and steps_on_shards(inner)
+            with shards_lent(inner) if on_shards else _NOTHING:
+                take_step(inner, own, skip, divisor)
+
         if self._wide:
-            self._wide.step(lambda: take_step(inner, gather(inner), skip, divisor), skip.found)
+            self._wide.step(lambda: take(gather(inner)), skip.found)
         else:
-            take_step(inner, grads, skip, divisor)
+            take(grads)
 
     @contextmanager
     def lost_updates(self) -> Iterator[LostUpdates]:
@@ -262,6 +266,16 @@ class ScaledStep(OptimizerProxy):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    def _judge(self, grads: Gradients) -> tuple[Verdict, Flag]:
+        """Judge the gradients, together with the other ranks that hold some or must agree."""
+        ranks = self._agreement.ranks(True)
+        if self.max_norm is None or not ranks.norms:
+            verdict = self._verdict(grads)
+            return verdict, agree(ranks, verdict.found, bool(grads))
+        before = self._now.found
+        scale = self._scale_now() if before is None else self._one()
+        return judge_together(ranks, grads, scale, self.max_norm, self._home(), before)
+
     def _verdict(self, grads: Gradients) -> Verdict:
         """Judge the gradients as they are: still scaled, or unscaled and perhaps changed since."""
         if self._now.found is None:
@@ -270,14 +284,6 @@ class ScaledStep(OptimizerProxy):
             return Verdict(self._now.found, None, None)
         verdict = judge(grads, self._one(), self.max_norm, self._home())
         return Verdict(torch.maximum(verdict.found, self._now.found), verdict.divisor, verdict.norm)
-
-    def _agree(self, found: Tensor, present: bool) -> Flag:
-        """Take the largest flag of all ranks; a rank without gradients has nothing against it."""
-        if self.process_group is None:
-            return found, None
-        flags = torch.stack([found, torch.full_like(found, float(present))])
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.process_group)
-        return flags[0], flags[1] > 0
 
     def _record(self, found: Tensor, taken: Tensor | None) -> None:
         self._now.steps += 1
@@ -334,10 +340,13 @@ class ScaledStep(OptimizerProxy):
         if self.max_norm is None:
             return None
         grads = gather(self.inner_optimizer, allow_float16=True)
-        self._refuse_sharded(grads)
-        if not grads:
+        ranks = self._agreement.ranks(False)
+        if ranks.norms:
+            verdict, _ = judge_together(ranks, grads, self._one(), self.max_norm, self._home())
+        elif not grads:
             return None
-        verdict = judge(grads, self._one(), self.max_norm, self._home())
+        else:
+            verdict = judge(grads, self._one(), self.max_norm, self._home())
         self._now.last_norm = verdict.norm
         return verdict.divisor
 
@@ -372,23 +381,7 @@ class ScaledStep(OptimizerProxy):
         if self._now.stage is Stage.SCALED:
             self._leftovers.refuse_stale()
         refuse_foreign(optimizer, grads)
-        self._refuse_sharded(grads)
         return grads
-
-    def _refuse_sharded(self, grads: Gradients) -> None:
-        if not grads.sharded:
-            return
-        if self.loss_scale.skips and self.process_group is None:
-            raise LossScaleError(
-                "The gradients are DTensors, sharded over ranks: pass process_group= so that all "
-                "ranks agree on skipping."
-            )
-        if self.max_norm is not None:
-            raise LossScaleError(
-                "The gradients are DTensors, sharded over ranks: max_norm= would clip every rank "
-                "by the norm of its own shards. Leave it out, and call unscale_() and "
-                "torch.nn.utils.clip_grad_norm_() before step()."
-            )
 
     def _unguard(self) -> None:
         for guard in self._guards:
