@@ -394,8 +394,8 @@ def test_upstream_does_not_compile(compiled, function):
         compiled(function)(*upstream)
 
 
-def test_state_made_inside_of_a_graph_is_an_error(compiled):
-    weight, optimizer = _setup(torch.optim.SGD, momentum=0.9)
+def test_state_that_cannot_be_taken_back_in_a_graph_is_an_error(compiled):
+    weight, optimizer = _setup(torch.optim.SGD, momentum=0.9, dampening=0.5)
     scaler = GradScaler("cpu")
     scaler.scale(weight.sum()).backward()
     with pytest.raises(Exception, match="Run one step outside"):

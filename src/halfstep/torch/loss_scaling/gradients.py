@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,16 @@ from .host import is_free, number
 
 Bucket = tuple[torch.device, torch.dtype] | tuple[torch.device, torch.dtype, int]
 """Which gradients are handled together; of DTensors, also in how many parts each is cut."""
+
+
+def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer, read so that Dynamo takes their parameters as inputs.
+
+    Read as ``param_groups`` they are constants of the graph that it traces (torch 2.13), and a
+    ``backward()`` in the same graph does not find them: it gives them no gradients, without a word.
+    """
+    groups: list[dict[str, Any]] | None = vars(optimizer).get("param_groups")
+    return optimizer.param_groups if groups is None else groups
 
 
 class Float16ParameterError(LossScaleError, ValueError):
@@ -103,7 +114,7 @@ def gather(optimizer: Optimizer, allow_float16: bool = False) -> Gradients:
         Float16ParameterError: a float16 parameter that is not allowed.
     """
     found = Gradients()
-    for group in optimizer.param_groups:
+    for group in groups_of(optimizer):
         for parameter in group["params"]:
             grad = parameter.grad
             if grad is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.autograd import Variable
 from torch.optim import Optimizer
@@ -92,7 +93,10 @@ class Leftovers:
         return bool(self._versions)
 
     def note(self, optimizer: Optimizer) -> None:
-        """Remember the gradients that are there now."""
+        """Remember the gradients that are there now; not in a graph, where all is known before."""
+        if torch.compiler.is_compiling():
+            self.forget()
+            return
         self._left = []
         self._versions = {
             id(parameter.grad): parameter.grad._version

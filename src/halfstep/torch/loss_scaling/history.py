@@ -92,6 +92,52 @@ class DeviceReader:
             yield step, row
 
 
+class GraphLog:
+    """What is written down of steps that the host does not take part in, on the device.
+
+    A compiled step and one that a CUDA graph replays write here, and the host looks when it is
+    asked to: nothing is read, no number of the host takes part, and so nothing is compiled anew.
+
+    Args:
+        device: where the state of the scale lies.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.used = False
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # steps, events
+        self.steps = torch.zeros(KEPT_EVENTS, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(KEPT_EVENTS, 2, device=device)  # scale, skipped
+
+    def write(self, before: Tensor, after: Tensor) -> None:
+        """Count a step, and write it down if it was skipped or changed the scale.
+
+        Args:
+            before: the packed state before the step.
+            after: the packed state after it.
+        """
+        self.used = True
+        skipped = after[3] > before[3]
+        happened = skipped | (after[0] != before[0])
+        place = (self.counts[1] % KEPT_EVENTS).reshape(1)
+        self.counts.add_(torch.stack([torch.ones_like(happened), happened]))
+        row = torch.stack([after[0], skipped.to(after.dtype)])
+        for kept, new in ((self.steps, self.counts[0]), (self.rows, row)):
+            kept.index_copy_(0, place, torch.where(happened, new, kept.index_select(0, place)))
+
+    def take(self) -> tuple[int, list[ScaleEvent]]:
+        """Return how many steps were taken and their events, and begin anew. It reads the host."""
+        steps, events = self.counts.tolist()
+        kept = min(events, KEPT_EVENTS)
+        places = [place % KEPT_EVENTS for place in range(events - kept, events)]
+        numbers, rows = self.steps[places].tolist(), self.rows[places].tolist()
+        self.counts.zero_()
+        found = [
+            ScaleEvent(number, scale, bool(skipped))
+            for number, (scale, skipped) in zip(numbers, rows, strict=True)
+        ]
+        return steps, found
+
+
 class History:
     """The events of a run, and the newest state that has reached the host."""
 
@@ -100,6 +146,31 @@ class History:
         self._last = first
         self._reader: _HostReader | DeviceReader | None = None
         self._device: torch.device | None = None
+        self._log: GraphLog | None = None
+
+    def record_in_graph(self, before: Tensor, after: Tensor) -> None:
+        """Write down on the device what a step did to the state; nothing is read."""
+        if self._log is None:
+            self._log = GraphLog(after.device)
+        self._log.write(before, after)
+
+    def catch_up(self, steps: int, packed: Tensor | None) -> int:
+        """Take over what happened in graphs; return the count of steps after it.
+
+        It reads the host, if there ever was such a step.
+
+        Args:
+            steps: how many steps there were before them.
+            packed: the state as it is now.
+        """
+        if self._log is None or not self._log.used or packed is None:
+            return steps
+        self.drain()
+        taken, events = self._log.take()
+        self.events.extend(event._replace(step=steps + event.step) for event in events)
+        if taken:
+            self._last = LossScaleState(*packed.tolist())
+        return steps + taken
 
     def record(self, step: int, packed: Tensor) -> list[LossScaleState]:
         """Send the state after ``step`` on its way; return the states that have arrived."""
@@ -107,6 +178,8 @@ class History:
             self._device = packed.device
             on_host = packed.device.type == "cpu"
             self._reader = _HostReader() if on_host else DeviceReader.on(packed.device)
+            if not on_host:  # memory that is made while a CUDA graph is captured is the graph's
+                self._log = GraphLog(packed.device)
         self._reader.send(step, packed)
         return self._receive(wait=False)
 

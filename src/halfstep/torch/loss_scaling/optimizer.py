@@ -114,6 +114,7 @@ class LossScaleOptimizer(EvaluatedStep):
         """
         self.inner_optimizer.add_param_group(param_group)
         self._wide.follow()
+        self._cleared.follow()
         if not self.loss_scale.skips:
             return
         try:
@@ -121,6 +122,7 @@ class LossScaleOptimizer(EvaluatedStep):
         except LossScaleError:
             self.inner_optimizer.param_groups.pop()
             self._wide.follow()
+            self._cleared.follow()
             raise
         with self._wide.lent():
             self._fusion.turn_on()
@@ -160,6 +162,7 @@ class LossScaleOptimizer(EvaluatedStep):
     @property
     def scale_history(self) -> list[ScaleEvent]:
         """Every step that was skipped or changed the scale. Reading it waits for the device."""
+        self._steps_taken()
         self._history.drain()
         return list(self._history.events)
 
@@ -304,7 +307,7 @@ class LossScaleOptimizer(EvaluatedStep):
 
     def _saved(self) -> checkpoint.Saved:
         state = self._state.read()
-        return checkpoint.Saved(self.loss_scale, state, self._now.steps, self.scale_history)
+        return checkpoint.Saved(self.loss_scale, state, self._steps_taken(), self.scale_history)
 
     def _load_inner(self, state_dict: dict[str, Any]) -> None:
         inner = self.inner_optimizer

@@ -16,10 +16,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ...core.loss_scale import LossScale
 from ...errors import LossScaleError, LossScaleExhausted
-from . import checkpoint
+from . import checkpoint, traced
 from .closures import Closure
 from .fusion import FusedSwitch
-from .gradients import Gradients, Verdict, blame, divide_, gather, judge
+from .gradients import Gradients, Verdict, blame, divide_, gather, groups_of, judge
 from .guards import Leftovers, is_watched, refuse_foreign, refuse_more
 from .history import History, exhausted_message
 from .lost import LostUpdates
@@ -101,6 +101,7 @@ class ScaledStep(OptimizerProxy):
         self._agreement = Agreement(optimizer, process_group)
         self._fusion = fusion
         self._wide = WideSide(optimizer)
+        self._cleared = traced.Cleared(optimizer)
         self._lost: LostUpdates | None = None
         self._guards: list[RemovableHandle] = []
         self._leftovers = Leftovers()
@@ -153,7 +154,7 @@ class ScaledStep(OptimizerProxy):
         output = scaled(loss, self._scale_now())
         for observer in self.observers:
             observer.saw_loss(loss)
-        if self._leftovers:
+        if self._leftovers and not torch.compiler.is_compiling():
             check: Any = self._leftovers.check(self.inner_optimizer)
             output.register_hook(check)  # type: ignore[no-untyped-call]
         return output
@@ -191,7 +192,7 @@ class ScaledStep(OptimizerProxy):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the inner optimizer does."""
-        self.inner_optimizer.zero_grad(set_to_none)
+        self._cleared.clear(set_to_none)
         self._wide.narrow_again()
         self._leftovers.forget()
         self._unguard()
@@ -216,16 +217,19 @@ class ScaledStep(OptimizerProxy):
     def _decide_and_step(self) -> None:
         grads = self._gather()
         if not grads and not self._agreement.ranks(True):
+            traced.refuse_nothing(self.inner_optimizer, self._now.stage is Stage.SCALED)
             self._now.last_found = None
             self._end()
             return
         for observer in self.observers:
             observer.before_step(self, self._scale_now() if self._now.found is None else None)
-        with self._wide.lent() if self._wide else _NOTHING:
-            self._fusion.follow(grads.sparse)
+        if not torch.compiler.is_compiling():
+            with self._wide.lent() if self._wide else _NOTHING:
+                self._fusion.follow(grads.sparse)
         verdict, (found, taken) = self._judge(grads)
         self._take(grads, Skip(found), verdict.divisor)
-        self._now.last_norm = verdict.norm if self.max_norm is not None else None
+        if self.max_norm is not None:
+            self._now.last_norm = verdict.norm
         self._record(found, taken)
 
     def _take(self, grads: Gradients, skip: Skip, divisor: Tensor | None) -> None:
@@ -264,7 +268,8 @@ class ScaledStep(OptimizerProxy):
             self._lost = before
 
     def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+        groups = groups_of(self.inner_optimizer)
+        return [parameter for group in groups for parameter in group["params"]]
 
     def _judge(self, grads: Gradients) -> tuple[Verdict, Flag]:
         """Judge the gradients, together with the other ranks that hold some or must agree."""
@@ -286,30 +291,34 @@ class ScaledStep(OptimizerProxy):
         return Verdict(torch.maximum(verdict.found, self._now.found), verdict.divisor, verdict.norm)
 
     def _record(self, found: Tensor, taken: Tensor | None) -> None:
-        self._now.steps += 1
+        before = self._state.on(found.device).clone() if traced.in_graph(found) else None
+        if before is None:
+            self._now.steps = self._steps_taken() + 1
         self._now.last_found = found
         packed = self._state.advance(found, taken)
         self._end()
         for observer in self.observers:
             observer.after_step(found, packed)
-        if torch.compiler.is_compiling() or (
-            packed.is_cuda and torch.cuda.is_current_stream_capturing()
-        ):
-            return  # nothing can be read there; the counts in the state go on
+        if before is not None:
+            self._history.record_in_graph(before, packed)
+            return
         for row in self._history.record(self._now.steps, packed):
             if self.loss_scale.exhausted(row):
                 raise LossScaleExhausted(
                     exhausted_message(self.loss_scale, row, blame(self.inner_optimizer))
                 )
 
+    def _steps_taken(self) -> int:
+        """Count the steps, those in graphs too; only after such does it wait for the device."""
+        self._now.steps = self._history.catch_up(self._now.steps, self._state.packed)
+        return self._now.steps
+
     def _end(self) -> None:
-        self._now.found = None
+        if self._now.found is not None:
+            self._now.found = None
         self._now.stage = Stage.IDLE
         self._unguard()
-        if torch.compiler.is_compiling():
-            self._leftovers.forget()
-        else:
-            self._leftovers.note(self.inner_optimizer)
+        self._leftovers.note(self.inner_optimizer)
 
     def _clip_and_step(self) -> None:
         """Clip and step without a scale."""
@@ -354,7 +363,7 @@ class ScaledStep(OptimizerProxy):
 
     def _home(self) -> torch.device:
         """The device of the parameters, where the state lives."""
-        for group in self.param_groups:
+        for group in groups_of(self.inner_optimizer):
             for parameter in group["params"]:
                 device: torch.device = parameter.device
                 return device

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...errors import LossScaleError
+from . import traced
 from .fusion import has_fused_kernels, is_fused, is_sgd, late_momentum, unfused
-from .gradients import Gradients, divide_, moved
+from .gradients import Gradients, divide_
 from .guards import is_watched
 from .host import is_free, number
 
@@ -64,15 +63,14 @@ def take_step(
     if skips_on_device(optimizer, grads):
         return _on_device(optimizer, skip.found, divisor, *args, **kwargs)
     divide_(grads, divisor)
-    step: Callable[..., Any] = _undone
-    if not torch.compiler.is_compiling():
-        if skip.on_host():  # the one host read of this way
-            return None
-        step = _plainly
+    if torch.compiler.is_compiling():
+        return traced.step_or_undo(optimizer, skip.found, *args, **kwargs)
+    if skip.on_host():  # the one host read of this way
+        return None
     if is_fused(optimizer):
         with unfused(optimizer):
-            return step(optimizer, skip.found, *args, **kwargs)
-    return step(optimizer, skip.found, *args, **kwargs)
+            return optimizer.step(*args, **kwargs)
+    return optimizer.step(*args, **kwargs)
 
 
 def skips_on_device(optimizer: Optimizer, grads: Gradients) -> bool:
@@ -82,13 +80,13 @@ def skips_on_device(optimizer: Optimizer, grads: Gradients) -> bool:
     elsewhere says so by ``_step_supports_amp_scaling``, unless it wants the scaler itself as an
     argument, as the contract was before torch 2.0.
     """
+    if torch.compiler.is_compiling():  # Dynamo does not trace the fused kernels
+        return False
     if not has_fused_kernels(optimizer):
         return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and (
             "grad_scaler" not in inspect.signature(optimizer.step).parameters
         )
     if not is_fused(optimizer) or grads.sparse or grads.foreign is not None:
-        return False
-    if torch.compiler.is_compiling():  # Dynamo does not trace the fused kernels
         return False
     return not (is_sgd(optimizer) and late_momentum(optimizer))
 
@@ -117,36 +115,4 @@ def step_now(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
     """
     if not torch.compiler.is_compiling() or is_watched(optimizer):
         return optimizer.step(*args, **kwargs)
-    step: Any = type(optimizer).step
-    while hasattr(step, "__wrapped__"):
-        step = step.__wrapped__
-    with torch.no_grad():
-        return step(optimizer, *args, **kwargs)
-
-
-def _plainly(optimizer: Optimizer, _: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return optimizer.step(*args, **kwargs)
-
-
-def _undone(optimizer: Optimizer, found: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Step, and choose between what was and what is, on the device."""
-    before = [(tensor, tensor.detach().clone()) for tensor in _changed_by(optimizer)]
-    result = step_now(optimizer, *args, **kwargs)
-    if len(_changed_by(optimizer)) != len(before):
-        raise LossScaleError(
-            f"{type(optimizer).__name__} made its state inside torch.compile, where a skipped step "
-            "cannot take it back. Run one step outside first."
-        )
-    with torch.no_grad():
-        for tensor, value in before:
-            tensor.copy_(torch.where(moved(found, tensor.device) > 0, value, tensor))
-    return result
-
-
-def _changed_by(optimizer: Optimizer) -> list[Tensor]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    states = [optimizer.state[p] for p in parameters if p in optimizer.state]
-    return [
-        *parameters,
-        *(value for state in states for value in state.values() if isinstance(value, Tensor)),
-    ]
+    return traced.step(optimizer, *args, **kwargs)

@@ -23,6 +23,7 @@ from ...errors import LossScaleError
 from ..casting import LOW
 from ..masters import CLOSE, OPEN, Kept, kept_of, update_of, version_of, widened_all
 from .closures import evaluates_once
+from .gradients import groups_of
 from .guards import is_watched
 
 PART_BYTES = 64 * 2**20
@@ -52,7 +53,7 @@ class WideSide:
 
     def follow(self) -> None:
         """Look again at the parameters: policies come and go, and groups are added."""
-        groups = self._optimizer.param_groups
+        groups = groups_of(self._optimizer)
         dtypes = [p.dtype for group in groups for p in group["params"]]
         if dtypes == self._dtypes:
             return
@@ -154,15 +155,15 @@ class WideSide:
     @contextmanager
     def _in_place_of(self, groups: Groups, pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
         optimizer = self._optimizer
-        own = [group["params"] for group in optimizer.param_groups]
+        own = [group["params"] for group in groups_of(optimizer)]
         wide = {id(low): value for low, value in pairs}
         _rename(optimizer.state, pairs)
-        for group, lows in zip(optimizer.param_groups, groups, strict=True):
+        for group, lows in zip(groups_of(optimizer), groups, strict=True):
             group["params"] = [wide.get(id(low), low) for low in lows]
         try:
             yield
         finally:
-            for group, lows in zip(optimizer.param_groups, own, strict=True):
+            for group, lows in zip(groups_of(optimizer), own, strict=True):
                 group["params"] = lows
             _rename(optimizer.state, [(value, low) for low, value in pairs])
 
@@ -170,7 +171,7 @@ class WideSide:
         return [low for lows in groups for low in lows if id(low) in self._managed]
 
     def _all(self) -> Groups:
-        return [list(group["params"]) for group in self._optimizer.param_groups]
+        return [list(group["params"]) for group in groups_of(self._optimizer)]
 
     def _split(self) -> list[Groups]:
         """The parameters by group, in parts; one part where the optimizer might mind.

@@ -1,0 +1,204 @@
+"""A step as Dynamo traces it, into one graph together with its forward and backward pass.
+
+Dynamo knows optimizers, and treats them in ways of its own (torch 2.13), which hold for a compiled
+``optimizer.step`` after a backward pass outside, and not for one in the same graph:
+
+- reading ``param_groups`` makes the parameters constants of the graph. A ``backward()`` in it then
+  does not find them, and gives them no gradients, without a word;
+- ``_init_group`` is called while tracing, and sees the gradients of before the graph.
+
+So nothing here reads ``param_groups`` by that name, and the step is that of a twin: an object with
+the optimizer's class and contents, which Dynamo traces as it is written.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from ...errors import LossScaleError
+from .gradients import groups_of, moved
+
+Groups = list[dict[str, Any]]
+
+_TRACEABLE: dict[str, Any] = {"fused": False, "foreach": True, "capturable": True}
+"""Kernels that Dynamo traces, with their counters on the device."""
+
+
+def in_graph(found: Tensor) -> bool:
+    """Whether a graph is made of what runs now, so that nothing can be read on the host."""
+    return torch.compiler.is_compiling() or (
+        found.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
+
+
+class Cleared:
+    """Clears the gradients of an optimizer, in a graph too: Dynamo refuses to trace ``zero_grad``.
+
+    Dynamo (2.13) knows one None. Written to ``.grad`` and read from there, it takes it for that
+    gradient from then on, wherever a None was meant; so each parameter gets a None of its own.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._nothing: list[list[None]] = []
+        self.follow()
+
+    def follow(self) -> None:
+        """Look again: groups may have been added."""
+        self._nothing = [[None for _ in group["params"]] for group in groups_of(self._optimizer)]
+
+    def clear(self, set_to_none: bool) -> None:
+        """Do what the optimizer's ``zero_grad`` does."""
+        if not torch.compiler.is_compiling():
+            self._optimizer.zero_grad(set_to_none)
+            return
+        for group, nothing in zip(groups_of(self._optimizer), self._nothing, strict=True):
+            for parameter, none in zip(group["params"], nothing, strict=True):
+                if parameter.grad is None:
+                    continue
+                if set_to_none:
+                    parameter.grad = none
+                else:
+                    parameter.grad = torch.zeros_like(parameter.grad)
+
+
+def refuse_nothing(optimizer: Optimizer, scaled: bool) -> None:
+    """Raise in a graph where a loss was scaled and no parameter has a gradient.
+
+    Outside of a graph such a step does nothing; in one, something hid the parameters from Dynamo.
+    """
+    if scaled and torch.compiler.is_compiling():
+        raise LossScaleError(
+            f"A loss was scaled inside torch.compile, and no parameter of "
+            f"{type(optimizer).__name__} has a gradient. Dynamo's backward() does not find "
+            "parameters that were read off an optimizer (optimizer.param_groups) in what is "
+            "compiled, now or before: read them off the model instead."
+        )
+
+
+def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    """Step, without what stands around ``step`` in torch.optim: it breaks the graph on purpose."""
+    with torch.no_grad():
+        return _step(optimizer, _traceable(optimizer), *args, **kwargs)
+
+
+def step_or_undo(optimizer: Optimizer, found: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Step, and choose between what was and what is, on the device.
+
+    Args:
+        optimizer: whose turn it is.
+        found: 1.0 to take the step back, 0.0 to leave it.
+        args: for ``optimizer.step``.
+        kwargs: for ``optimizer.step``.
+
+    Raises:
+        LossScaleError: an optimizer that keeps, or makes while it steps, what cannot be taken back.
+    """
+    with torch.no_grad():
+        groups = _traceable(optimizer)
+        _make_state(optimizer, groups)
+        before = [(tensor, tensor.detach().clone()) for tensor in _tensors(optimizer)]
+        numbers = _numbers(optimizer)
+        result = _step(optimizer, groups, *args, **kwargs)
+        _refuse_lasting(optimizer, len(before), numbers)
+        for tensor, value in before:
+            tensor.copy_(torch.where(moved(found, tensor.device) > 0, value, tensor))
+    return result
+
+
+def _traceable(optimizer: Optimizer) -> Groups:
+    """Copies of the groups, with settings for kernels that Dynamo traces."""
+    settings = {key: value for key, value in _TRACEABLE.items() if key in optimizer.defaults}
+    return [{**group, **settings} for group in groups_of(optimizer)]
+
+
+def _step(optimizer: Optimizer, groups: Groups, *args: Any, **kwargs: Any) -> Any:
+    twin = _twin(optimizer)
+    twin.param_groups = groups
+    result = _unwrapped(type(optimizer).step)(twin, *args, **kwargs)
+    for own, group in zip(groups_of(optimizer), groups, strict=True):
+        for key, value in group.items():
+            if key not in _TRACEABLE and (key not in own or own[key] is not value):
+                own[key] = value
+    return result
+
+
+def _twin(optimizer: Optimizer) -> Any:
+    twin: Any = object.__new__(type(optimizer))
+    vars(twin).update(vars(optimizer))
+    kind: Any = type(optimizer)
+    if hasattr(kind, "_init_group"):
+        twin._init_group = functools.partial(_unwrapped(kind._init_group), twin)
+    return twin
+
+
+def _unwrapped(function: Any) -> Any:
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+def _make_state(optimizer: Optimizer, groups: Groups) -> None:
+    """Let torch's optimizers make their state, so that there is something to go back to."""
+    kind: Any = type(optimizer)
+    if not hasattr(kind, "_init_group"):
+        return
+    init = _unwrapped(kind._init_group)
+    lists = init.__code__.co_argcount - 2  # besides the optimizer and the group
+    for group in groups:
+        init(optimizer, group, *[[] for _ in range(lists)])
+        if isinstance(optimizer, SGD) and group["momentum"]:
+            _make_momentum(optimizer, group)
+
+
+def _make_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    for parameter in group["params"]:
+        state = optimizer.state[parameter]
+        if parameter.grad is None or state.get("momentum_buffer") is not None:
+            continue
+        if group["dampening"]:
+            raise LossScaleError(
+                "SGD with dampening makes its first momentum of its first gradient, which a "
+                "skipped step inside torch.compile cannot take back. Run one step outside first."
+            )
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _tensors(optimizer: Optimizer) -> list[Tensor]:
+    """Everything on the device that a step may change."""
+    parameters = [p for group in groups_of(optimizer) for p in group["params"]]
+    states = [optimizer.state[p] for p in parameters if p in optimizer.state]
+    return [
+        *parameters,
+        *(value for state in states for value in state.values() if isinstance(value, Tensor)),
+    ]
+
+
+def _numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Everything on the host that a step may change: what is written there, stays."""
+    groups = groups_of(optimizer)
+    parameters = [p for group in groups for p in group["params"]]
+    states = [optimizer.state[p] for p in parameters if p in optimizer.state]
+    return [
+        {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        for values in [*groups, *states]
+    ]
+
+
+def _refuse_lasting(optimizer: Optimizer, tensors: int, numbers: list[dict[str, Any]]) -> None:
+    name = type(optimizer).__name__
+    if len(_tensors(optimizer)) != tensors:
+        raise LossScaleError(
+            f"{name} made its state inside torch.compile, where a skipped step cannot take it "
+            "back. Run one step outside first."
+        )
+    if _numbers(optimizer) != numbers:
+        raise LossScaleError(
+            f"{name} counts with Python numbers, which a skipped step inside torch.compile cannot "
+            "take back. Leave its step outside of what is compiled."
+        )
