@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from halfstep import PolicyError
-from halfstep.torch import apply_policy, weights_unchanged
-from halfstep.torch import copies as copies_module
+from halfstep.torch import apply_policy, copies, grouping, weights_unchanged
 
 
 def test_few_casts_and_two_grouped_copies(make_transformer, tokens, counts):
@@ -166,7 +165,7 @@ def test_a_weight_that_takes_no_part_gets_no_gradient():
 
 
 def test_groups_are_bounded(monkeypatch, make_transformer, tokens, counts):
-    monkeypatch.setattr(copies_module, "GROUP_BYTES", 16 * 48 * 4 * 2)
+    monkeypatch.setattr(grouping, "GROUP_BYTES", 16 * 48 * 4 * 2)
     model = apply_policy(make_transformer(), "mixed_bfloat16", functional="compute")
     with counts() as seen:
         model(tokens)
@@ -177,7 +176,7 @@ def test_copies_are_freed_when_the_call_is_over(make_transformer, tokens):
     model = apply_policy(make_transformer(), "mixed_bfloat16")
     with torch.no_grad():
         model(tokens)
-    assert copies_module.calls.copies is None
+    assert copies.calls.copies is None
     gc.collect()
     low = [
         obj for obj in gc.get_objects()

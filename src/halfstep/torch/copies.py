@@ -14,10 +14,11 @@ or in a loop of inference, :func:`weights_unchanged` says so and copies are kept
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from itertools import repeat
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,135 +26,49 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import PolicyError
+from .grouping import SMALL_GROUP, Key, WeightGroups, cast_weights
 from .plan import plan_of, traced, transformed
 from .sharding import Recasts, is_sharded
 
-GROUP_BYTES = 64 * 2**20
-"""How many bytes of weights are cast together at most: a group's gradients are all in memory
-until the last of them is there, and only then can DistributedDataParallel send any of them."""
+Copy: TypeAlias = "tuple[torch.Tensor, torch.Tensor, int, int, bool]"
+"""A weight, its copy, and what the weight looked like then: its version, where its memory was.
 
-SMALL_GROUP = 3
-"""Fewer weights than these are cast one by one: an autograd node written in Python takes longer."""
-
-Key: TypeAlias = "tuple[int, torch.dtype]"
+The last says that the copy has a graph and can be saved for a backward pass, so that nothing
+about where it is used can make it wrong. (A plain tuple: many are made in every call.)
+"""
 
 
-def _cast_data(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    torch._foreach_copy_(copies, tensors)
-    return copies
+def _copies_of(weights: list[torch.Tensor], lows: list[torch.Tensor]) -> Iterator[Copy]:
+    """Note copies of weights that were made together."""
+    plain = all(type(weight) is nn.Parameter for weight in weights)
+    if not plain or any(map(torch.Tensor.is_inference, weights)):
+        looks = map(_looks, weights)
+        return (
+            (weight, low, *look, False)
+            for weight, low, look in zip(weights, lows, looks, strict=True)
+        )
+    versions = [weight._version for weight in weights]
+    places = [weight.data_ptr() for weight in weights]
+    lasting = lows[0].requires_grad and not lows[0].is_inference()
+    return zip(weights, lows, versions, places, repeat(lasting))
 
 
-class _CastGroup(torch.autograd.Function):
-    """Cast many tensors in one node of the graph; the backward casts their gradients back."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.dtype = tensors[0].dtype
-        return tuple(_cast_data(tensors, dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        # a weight without a gradient in this step must keep none: an optimizer would apply
-        # weight decay to it
-        there = [g for g in gradients if g is not None and g.layout is torch.strided]
-        if len(there) == len(gradients):
-            return (None, *cast_together(there, ctx.dtype))
-        cast = dict(zip(map(id, there), cast_together(there, ctx.dtype), strict=True))
-        return (None, *[None if g is None else cast.get(id(g), g) for g in gradients])
-
-
-def cast_together(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Cast tensors of one dtype to another with one launch, differentiably, to any order."""
-    if not tensors:
-        return []
-    if not torch.is_grad_enabled():
-        return _cast_data(tuple(tensors), dtype)
-    if any(tensor.requires_grad for tensor in tensors):
-        return list(_CastGroup.apply(dtype, *tensors))  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        return _cast_data(tuple(tensors), dtype)
-
-
-def _groupable(tensor: torch.Tensor) -> bool:
-    return type(tensor) is nn.Parameter and tensor.layout is torch.strided
-
-
-class WeightGroups:
-    """Which weights below a module are cast together, by weight and compute dtype."""
-
-    __slots__ = ("_group_of", "_outside", "outdated")
-
-    def __init__(
-        self,
-        weights: Iterable[tuple[torch.Tensor, torch.dtype]],
-        before: WeightGroups | None = None,
-    ) -> None:
-        self._group_of: dict[Key, list[torch.Tensor]] = {}
-        # what the groups before these found to lie outside need not be looked for again
-        self._outside: dict[Key, torch.Tensor] = {} if before is None else before._outside
-        self.outdated = False
-        open_groups: dict[tuple[object, ...], tuple[list[torch.Tensor], int]] = {}
-        for weight, dtype in weights:
-            if not _groupable(weight) or (id(weight), dtype) in self._group_of:
-                continue
-            # what one launch can take together, and what is differentiated together
-            kind = (dtype, weight.dtype, weight.device, weight.requires_grad)
-            group, size = open_groups.get(kind, ([], GROUP_BYTES))
-            bytes_here = weight.numel() * weight.element_size()
-            if size + bytes_here > GROUP_BYTES:
-                group, size = [], 0
-            group.append(weight)
-            open_groups[kind] = (group, size + bytes_here)
-            self._group_of[id(weight), dtype] = group
-
-    def find(self, weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Return the weights that are cast together with this one; empty if it is in no group.
-
-        A weight that is in none, though it could be, was put into the model after the groups were
-        made (or lies outside of it): the groups are then made anew, once.
-        """
-        key = (id(weight), dtype)
-        group = self._group_of.get(key)
-        if group is not None:
-            return group
-        if _groupable(weight) and self._outside.get(key) is not weight:
-            self._outside[key] = weight
-            self.outdated = True
-        return []
-
-
-class _Copy:
-    """A copy, and what its weight looked like when it was made."""
-
-    __slots__ = ("any_time", "looks", "low", "weight")
-
-    def __init__(self, weight: torch.Tensor, low: torch.Tensor) -> None:
-        self.weight = weight
-        self.looks = _looks(weight)
-        self.low = low
-        # it has a graph, and can be saved for a backward pass: nothing more to ask of it
-        self.any_time = low.requires_grad and not low.is_inference()
-
-    def is_fresh(self, weight: torch.Tensor) -> bool:
-        """Whether the copy is still one of this weight, and can be used as things are now."""
-        if self.weight is not weight or self.looks != _looks(weight):
-            return False
-        if self.any_time:
-            return True
-        low = self.low
-        if low.is_inference() and not torch.is_inference_mode_enabled():
-            return False  # it could not be saved for a backward pass
-        # one made under no_grad has no graph: used now, it would cut the weight's gradient off
-        return low.requires_grad or not (weight.requires_grad and torch.is_grad_enabled())
+def _is_fresh(copy: Copy, weight: torch.Tensor) -> bool:
+    """Whether a copy is still one of this weight, and can be used as things are now."""
+    of, low, *looks, _ = copy
+    if of is not weight or (*looks,) != _looks(weight):
+        return False
+    if low.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # it could not be saved for a backward pass
+    # one made under no_grad has no graph: used now, it would cut the weight's gradient off
+    return low.requires_grad or not (weight.requires_grad and torch.is_grad_enabled())
 
 
 def _looks(tensor: torch.Tensor) -> tuple[int, int]:
     """What tells a tensor that was written to, or given other data, as far as torch can say."""
     version = 0 if tensor.is_inference() else tensor._version
     # only a parameter has memory for certain: torch.func's tensors have none
-    return tensor.data_ptr() if type(tensor) is nn.Parameter else 0, version
+    return version, tensor.data_ptr() if type(tensor) is nn.Parameter else 0
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -175,7 +90,7 @@ class WeightCopies:
     def __init__(self, groups: WeightGroups, watch: bool = False, kept: bool = False) -> None:
         self._groups = groups
         self._kept = kept
-        self._copies: dict[Key, _Copy] = {}
+        self._copies: dict[Key, Copy] = {}
         self._watched: list[tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]] | None = (
             [] if watch else None
         )
@@ -196,38 +111,35 @@ class WeightCopies:
     def made(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """Return the copy of ``weight`` in ``dtype`` that was made earlier in this call, if any."""
         copy = self._copies.get((id(weight), dtype))
-        return copy.low if copy is not None and copy.is_fresh(weight) else None
+        if copy is None:
+            return None
+        of, low, version, place, lasting = copy
+        if lasting and of is weight:  # this answers nearly all
+            return low if weight._version == version and weight.data_ptr() == place else None
+        return low if _is_fresh(copy, weight) else None
 
     def make(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return a new copy of ``weight`` in ``dtype``; the others of its group are made too."""
-        group = self._group(weight, dtype)
+        group = [] if _one_by_one() else _alike(weight, self._groups.find(weight, dtype))
         if len(group) < SMALL_GROUP:
             low = weight.to(dtype)
-            self._remember(weight, dtype, low)
+            self._remember([weight], dtype, [low])
             return low
-        copies = dict(zip(map(id, group), cast_together(group, dtype), strict=True))
-        for original in group:
-            self._remember(original, dtype, copies[id(original)])
-        return copies[id(weight)]
+        lows = cast_weights(group, dtype)
+        self._remember(group, dtype, lows)
+        return next(low for of, low in zip(group, lows, strict=True) if of is weight)
 
-    def _remember(self, weight: torch.Tensor, dtype: torch.dtype, low: torch.Tensor) -> None:
-        parameter = type(weight) is nn.Parameter
-        if parameter or not self._kept:
-            self._copies[id(weight), dtype] = _Copy(weight, low)
-        if self._watched is not None and parameter and not transformed():
-            self._watched.append((weight, low, low.data_ptr(), _sum_of_bits(low)))
-
-    def _group(self, weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-        if _one_by_one():
-            return []
-        group = self._groups.find(weight, dtype)
-        # without a parameter that was frozen, thawed, moved or given another dtype since
-        trained, stored, device = weight.requires_grad, weight.dtype, weight.device
-        return [
-            other
-            for other in group
-            if other.requires_grad is trained and other.dtype is stored and other.device == device
-        ]
+    def _remember(
+        self, weights: list[torch.Tensor], dtype: torch.dtype, lows: list[torch.Tensor]
+    ) -> None:
+        if not self._kept or all(type(weight) is nn.Parameter for weight in weights):
+            keys = [(id(weight), dtype) for weight in weights]
+            self._copies.update(zip(keys, _copies_of(weights, lows), strict=True))
+        if self._watched is None or transformed():
+            return
+        for weight, low in zip(weights, lows, strict=True):
+            if type(weight) is nn.Parameter:
+                self._watched.append((weight, low, low.data_ptr(), _sum_of_bits(low)))
 
     def written_to(self) -> list[torch.Tensor]:
         """Return the weights whose copies were changed since they were made (if watched).
@@ -248,6 +160,12 @@ class WeightCopies:
             for (weight, low, place, _), alike in zip(watched, same, strict=True)
             if not alike or low.data_ptr() != place
         ]
+
+
+def _alike(weight: torch.Tensor, group: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The group without a parameter that was frozen, thawed or cast since."""
+    trained, stored = weight.requires_grad, weight.dtype
+    return [w for w in group if w.requires_grad is trained and w.dtype is stored]
 
 
 def _one_by_one() -> bool:
@@ -279,11 +197,11 @@ _entries: WeakKeyDictionary[nn.Module, Entry] = WeakKeyDictionary()
 def entry_of(module: nn.Module) -> Entry:
     """Return what is known of ``module`` as an outermost one; found out at its first call."""
     if traced():
-        return Entry(WeightGroups(()), devices_of(module))
+        return Entry(WeightGroups(), devices_of(module))
     entry = _entries.get(module)
     if entry is None or entry.groups.outdated:
         before = None if entry is None else entry.groups
-        groups = WeightGroups(weights_below(module), before)
+        groups = WeightGroups(module.modules(), before)
         sharded = any(map(is_sharded, module.modules()))
         entry = _entries[module] = Entry(groups, devices_of(module), sharded)
     return entry
@@ -292,18 +210,6 @@ def entry_of(module: nn.Module) -> Entry:
 def forget_entry(module: nn.Module) -> None:
     """Forget what is known of ``module``: its weights moved or its policy changed."""
     _entries.pop(module, None)
-
-
-def weights_below(module: nn.Module) -> Iterator[tuple[torch.Tensor, torch.dtype]]:
-    """Yield every weight that a layer in ``module`` reads in its compute dtype, and that dtype."""
-    for layer in module.modules():
-        plan = plan_of(layer)
-        if plan is None or is_sharded(layer):
-            continue
-        for name in plan.reads:
-            weight = layer._parameters.get(name)
-            if weight is not None and plan.casts(weight):
-                yield weight, plan.compute
 
 
 def devices_of(module: nn.Module) -> tuple[str, ...]:

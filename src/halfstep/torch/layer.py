@@ -19,10 +19,19 @@ from torch import nn
 
 from . import masters, registry
 from .casting import cast_call, cast_nested
-from .copies import forget_entry
+from .copies import calls, forget_entry
+from .direct import has_short_way, short_way
 from .plan import ATTRIBUTE, LayerPlan, plan_of
 from .rules import LEFT_ALONE, SWITCHES
-from .running import Forward, inside, read, run, self_device
+from .running import (
+    Forward,
+    inside,
+    read,
+    run,
+    run_compiling,
+    run_outermost,
+    self_device,
+)
 
 _BASE = "_halfstep_base"
 _KEPT = "_halfstep_kept"
@@ -92,6 +101,8 @@ def _make_class(base: type, reads: tuple[str, ...]) -> type:
         "__setstate__": _setstate(base),
         "register_parameter": _register_parameter(base),
     }
+    if has_short_way(base):
+        body["forward"] = short_way(base, body["forward"])
     if hasattr(base, _FSDP_INDEX):
         # fully_shard came first: it counts the classes before the one that a slice is made with
         body[_FSDP_INDEX] = getattr(base, _FSDP_INDEX) + 1
@@ -198,17 +209,44 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 
 def _forward(base: type) -> Forward:
+    # an activation, a pooling or the like: in a 16-bit model it finds all as it wants it
+    passive = base.__module__.startswith("torch.nn.modules.")
+
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plan = plan_of(self)
         if plan is None:
             return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        if (
+            passive
+            and calls.stack
+            and len(args) == 1
+            and not kwargs
+            and _suits(self, plan, args[0])
+        ):
+            return base.forward(self, args[0])  # type: ignore[attr-defined]
         if plan.inputs is not None:
             args, kwargs = cast_call(args, kwargs, plan.inputs)
-        result = run(base.forward, self, plan, args, kwargs)  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling():
+            way = run_compiling
+        else:
+            way = run if calls.stack else run_outermost
+        result = way(base.forward, self, plan, args, kwargs)  # type: ignore[attr-defined]
         return result if plan.result is None else cast_nested(result, plan.result)
 
     return forward
+
+
+def _suits(module: nn.Module, plan: LayerPlan, x: Any) -> bool:
+    """Whether the policy has nothing to do in this call."""
+    return (
+        type(x) is torch.Tensor
+        and x.dtype is plan.compute
+        and plan.region is None
+        and plan.result is None
+        and not plan.reads
+        and not module._modules
+    )
 
 
 def _apply(base: type) -> Forward:

@@ -15,10 +15,6 @@ from .region import Region
 ATTRIBUTE = "_halfstep_plan"
 """The name under which a module keeps its plan, in its ``__dict__``."""
 
-SHORT = "_halfstep_short"
-"""The name under which a policied class keeps the parameters of its one operation, if it has one:
-see ``direct.py``."""
-
 
 @dataclass(frozen=True)
 class LayerPlan:

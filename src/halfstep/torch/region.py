@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import torch
 
-Saved: TypeAlias = "tuple[tuple[tuple[str, bool, torch.dtype], ...], bool]"
+Saved: TypeAlias = "tuple[tuple[tuple[str, bool, torch.dtype | None], ...], bool | None]"
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,24 @@ class Region:
 
     def enter(self, devices: tuple[str, ...]) -> Saved | None:
         """Set autocast for ``devices``; return what :func:`leave` needs, or None if it was so."""
+        if self.dtype is None:
+            return _switch_off(devices)
         if self._holds(devices[0]) if len(devices) == 1 else all(map(self._holds, devices)):
             return None
         saved = tuple(
-            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            for device in devices
+            [
+                (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+                for device in devices
+            ]
         )
         cache = torch.is_autocast_cache_enabled()
         for device in devices:
-            torch.set_autocast_enabled(device, self.dtype is not None)
-            if self.dtype is not None:
-                torch.set_autocast_dtype(device, self.dtype)
+            torch.set_autocast_enabled(device, True)
+            torch.set_autocast_dtype(device, self.dtype)
         torch.set_autocast_cache_enabled(False)
         return saved, cache
 
     def _holds(self, device: str) -> bool:
-        if self.dtype is None:
-            return not torch.is_autocast_enabled(device)
         return (
             torch.is_autocast_enabled(device)
             and torch.get_autocast_dtype(device) is self.dtype
@@ -56,6 +57,16 @@ class Region:
         )
 
 
+def _switch_off(devices: tuple[str, ...]) -> Saved | None:
+    """Switch autocast off where it is on: its dtype and its cache mean nothing then."""
+    on = None
+    for device in devices:
+        if torch.is_autocast_enabled(device):
+            torch.set_autocast_enabled(device, False)
+            on = ((device, True, None), *(on or ()))
+    return None if on is None else (on, None)
+
+
 def leave(saved: Saved | None) -> None:
     """Set autocast back to how :meth:`Region.enter` found it."""
     if saved is None:
@@ -63,5 +74,7 @@ def leave(saved: Saved | None) -> None:
     states, cache = saved
     for device, enabled, dtype in states:
         torch.set_autocast_enabled(device, enabled)
-        torch.set_autocast_dtype(device, dtype)
-    torch.set_autocast_cache_enabled(cache)
+        if dtype is not None:
+            torch.set_autocast_dtype(device, dtype)
+    if cache is not None:
+        torch.set_autocast_cache_enabled(cache)

@@ -34,13 +34,17 @@ def read(module: nn.Module, value: Any) -> Any:
     cached = not torch.compiler.is_compiling() and not is_selective()
     copies = calls.copies if cached else None
     if copies is not None:
-        low = copies.made(value, plan.compute)  # first: it answers most readings
-        if low is not None:
-            return low
+        return copied(module, plan, copies, value)
+    return value.to(plan.compute) if plan.casts(value) else value
+
+
+def copied(module: nn.Module, plan: LayerPlan, copies: WeightCopies, value: torch.Tensor) -> Any:
+    """Return a module's tensor in its compute dtype, once for all its readings in this call."""
+    low = copies.made(value, plan.compute)  # first: it answers most readings
+    if low is not None:
+        return low
     if not plan.casts(value):
         return value
-    if copies is None:
-        return value.to(plan.compute)
     # what a parametrization or a hook computed is nobody's to free
     gathered = is_sharded(module) and isinstance(value, nn.Parameter)
     return _recast(copies, value, plan) if gathered else copies.make(value, plan.compute)
@@ -88,14 +92,7 @@ def _recomputing() -> bool:
 
 
 def run(forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any) -> Any:
-    """Call ``forward`` with autocast as the plan wants it and the module's weights in 16 bits."""
-    if torch.compiler.is_compiling():
-        return _run_compiling(forward, self, plan, args, kwargs)
-    call = _call if calls.stack else _call_outermost
-    return call(forward, self, plan, args, kwargs)
-
-
-def _call(forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any) -> Any:
+    """Call ``forward`` in the midst of a model, with autocast as the plan wants it."""
     saved = plan.region.enter(calls.devices) if plan.region is not None else None
     calls.stack.append(self)
     try:
@@ -109,16 +106,17 @@ def _call(forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs:
             leave(saved)
 
 
-def _call_outermost(
+def run_outermost(
     forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any
 ) -> Any:
+    """Call ``forward`` of a module that was called from outside, with copies for that call."""
     entry = entry_of(self)
     watch = self.training not in entry.watched and not traced()
     copies = copies_for(self, entry, watch)
     calls.copies, calls.devices = copies, entry.devices
     try:
-        call = _call_sharded if entry.sharded else _call
-        result = call(forward, self, plan, args, kwargs)
+        way = _call_sharded if entry.sharded else run
+        result = way(forward, self, plan, args, kwargs)
     finally:
         calls.copies = None
     if watch and copies.watches:
@@ -134,7 +132,7 @@ def _call_sharded(
     calls.recasts = Recasts()
     try:
         with calls.recasts.hooks():
-            return _call(forward, self, plan, args, kwargs)
+            return run(forward, self, plan, args, kwargs)
     finally:
         calls.recasts = None
 
@@ -175,9 +173,10 @@ def _check_loss(model: nn.Module, plan: LayerPlan, result: Any) -> None:
         )
 
 
-def _run_compiling(
+def run_compiling(
     forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: Any
 ) -> Any:
+    """Call ``forward`` while Dynamo traces it."""
     quietly = getattr(torch._dynamo.utils, _QUIETLY, _directly)
     quietly(_push, self)
     try:
