@@ -25,7 +25,8 @@ class Passes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         self.over |= name.startswith(self.OPTIMIZER)
-        if not self.over and name != "empty_like":  # which looks at the shape alone
+        shape_alone = func.is_view or name == "empty_like"
+        if not self.over and not shape_alone:
             for argument, declared in zip(args, func._schema.arguments, strict=False):
                 written = declared.alias_info is not None and declared.alias_info.is_write
                 tensors = argument if isinstance(argument, (list, tuple)) else [argument]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.optim import Optimizer
 
 from ...errors import LossScaleError
@@ -21,6 +22,9 @@ from ..casting import FLOATS, LOW
 from ..masters import update_of
 from ..shards import part_of_gradient
 from .host import is_free, number
+
+FEW = 2**14
+"""So few elements are copied together sooner than each tensor's norm is computed by itself."""
 
 Bucket = tuple[torch.device, torch.dtype] | tuple[torch.device, torch.dtype, int]
 """Which gradients are handled together; of DTensors, also in how many parts each is cut."""
@@ -215,14 +219,23 @@ def _norms(bucket: list[Tensor], order: float) -> Tensor:
 def _seen_finite(grads: Gradients, scale: Tensor) -> bool:
     """Whether the host sees for free that all gradients are finite; False says nothing.
 
-    By the 2-norms, which are one call for a bucket, and not finite if a gradient is not (or is
-    above 1e19, or the like).
+    By 2-norms, which are not finite if a gradient is not (or is above 1e19, or the like).
     """
     buckets = grads.buckets.values()
     if not is_free(scale) or not all(is_free(bucket[0]) for bucket in buckets):
         return False
     divisor = number(scale)
-    return all(math.isfinite(number(_norms(bucket, 2.0).amax()) / divisor) for bucket in buckets)
+    return all(math.isfinite(_size(bucket) / divisor) for bucket in buckets)
+
+
+def _size(bucket: list[Tensor]) -> float:
+    """Return a number that is not finite if one of the gradients is not."""
+    if sum(grad.numel() for grad in bucket) > FEW:
+        return number(_norms(bucket, 2.0).amax())
+    flat: Tensor = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]
+    return number(
+        torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
+    )
 
 
 def _largest(bucket: list[Tensor]) -> Tensor:
