@@ -42,7 +42,7 @@ PUBLIC = {
         "set_global_policy",
         "advise_loss_scale",
     },
-    "halfstep.torch.distributed": {"TrainingState", "fsdp_policy"},
+    "halfstep.torch.distributed": {"TrainingState", "float32_allreduce_hook", "fsdp_policy"},
     "halfstep.jax": {
         "DynamicLossScale",
         "Explanation",

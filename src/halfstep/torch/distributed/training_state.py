@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
-from ..loss_scaling import LossScaleOptimizer, checkpoint
+from ..loss_scaling import LossScaleOptimizer, checkpoint, rests
+from ..masters import update_of
+from .first_state import make_state
+
+_Wide = list[tuple[Tensor, dict[str, Tensor], dict[str, Any]]]
+"""16-bit parameters, with the digits and the optimizer's state of each in a checkpoint."""
 
 
 class TrainingState:
@@ -17,7 +26,8 @@ class TrainingState:
     Torch's own ``get_state_dict`` knows an optimizer's ``state`` and ``param_groups`` and drops
     everything else: the loss scale, its counters and its history would start anew. Here they are
     saved beside the two, by the names that torch gives them, so that another number of ranks can
-    load them: bit for bit.
+    load them: bit for bit. So are masters and compensations of 16-bit weights, in the state of
+    each parameter.
 
     Args:
         model: the model, sharded or not.
@@ -42,7 +52,10 @@ class TrainingState:
         """Return what ``dcp.save`` writes: ``model``, ``optimizer`` and ``loss_scale``."""
         scaling = self._scaling()
         inner = self.optimizer if scaling is None else scaling.inner_optimizer
-        model, optimizer = get_state_dict(self.model, inner)
+        if scaling is not None:
+            make_state(scaling)
+        with rests.shown(inner):
+            model, optimizer = get_state_dict(self.model, inner)
         state = {"model": model, "optimizer": optimizer}
         if scaling is not None:
             _undo_fusing(scaling, optimizer)
@@ -56,21 +69,58 @@ class TrainingState:
             LossScaleError: the loss scale in it cannot be read; nothing is changed then.
         """
         scaling = self._scaling()
+        inner = self.optimizer if scaling is None else scaling.inner_optimizer
         saved = None if scaling is None else checkpoint.from_plain(state_dict.get(checkpoint.KEY))
+        if scaling is not None:
+            make_state(scaling)
+        optimizer, wide = self._split(inner, state_dict["optimizer"])
         set_state_dict(
             self.model,
-            self.optimizer if scaling is None else scaling.inner_optimizer,
+            inner,
             model_state_dict=state_dict["model"],
-            optim_state_dict=state_dict["optimizer"],
+            optim_state_dict=optimizer,
         )
+        _give(inner, wide)
         if scaling is not None and saved is not None:
             scaling._fusion.forget()
             if saved.rule.skips:
-                scaling._fusion.turn_on()
+                with scaling._wide.lent():
+                    scaling._fusion.turn_on()
             scaling._continue_from(saved)
+
+    def _split(
+        self, inner: torch.optim.Optimizer, state_dict: dict[str, Any]
+    ) -> tuple[dict[str, Any], _Wide]:
+        """Split off what belongs to 16-bit weights: torch would load all of it in their dtype."""
+        own = [p for group in inner.param_groups for p in group["params"]]
+        if all(update_of(parameter) == "plain" for parameter in own):
+            return state_dict, []
+        groups: Any = get_optimizer_state_dict(self.model, inner)["param_groups"]
+        names = [name for group in groups for name in group["params"]]
+        state, wide = dict(state_dict["state"]), []
+        for name, parameter in zip(names, own, strict=True):
+            if update_of(parameter) != "plain" and name in state:
+                entries = dict(state[name])
+                kept = {key: entries.pop(key) for key in rests.ENTRIES.values() if key in entries}
+                state[name] = entries
+                wide.append((parameter, kept, entries))
+        return {**state_dict, "state": state}, wide
 
     def _scaling(self) -> LossScaleOptimizer | None:
         return self.optimizer if isinstance(self.optimizer, LossScaleOptimizer) else None
+
+
+def _give(inner: torch.optim.Optimizer, wide: _Wide) -> None:
+    """Give 16-bit weights, which are loaded by now, their digits, and float32 state."""
+    rests.give(
+        [(parameter, key, rest) for parameter, kept, _ in wide for key, rest in kept.items()]
+    )
+    for parameter, _, entries in wide:
+        state = inner.state[parameter]
+        for key in state.keys() & entries.keys():
+            value = entries[key]
+            if key != "step" and isinstance(value, Tensor):
+                state[key] = value.to(parameter.device)
 
 
 def _undo_fusing(scaling: LossScaleOptimizer, state: dict[str, Any]) -> None:

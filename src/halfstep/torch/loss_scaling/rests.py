@@ -7,6 +7,7 @@ a parameter (``torch.distributed.checkpoint``) takes them along.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,27 @@ def with_rests(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, An
         entry = {ENTRIES[update]: kept_of(parameter).rest}
         state[place] = {**state.get(place, {}), **entry}
     return {**state_dict, "state": state}
+
+
+@contextmanager
+def shown(optimizer: Optimizer) -> Iterator[None]:
+    """Show what is kept of 16-bit parameters in the optimizer's own state, to save it by name."""
+    entries = {
+        parameter: {ENTRIES[update]: kept_of(parameter).rest}
+        for _, parameter, update in _managed(optimizer)
+    }
+    before = {parameter: optimizer.state.get(parameter) for parameter in entries}
+    for parameter, entry in entries.items():
+        # another dict: the one that is saved must not change again
+        optimizer.state[parameter] = {**(before[parameter] or {}), **entry}
+    try:
+        yield
+    finally:
+        for parameter, own in before.items():
+            if own is None:
+                del optimizer.state[parameter]
+            else:
+                optimizer.state[parameter] = own
 
 
 def split(optimizer: Optimizer, state_dict: dict[str, Any]) -> tuple[dict[str, Any], Rests]:
