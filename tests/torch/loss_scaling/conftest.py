@@ -162,6 +162,8 @@ def assert_same(one: Any, other: Any) -> None:
     if isinstance(one, Tensor):
         assert isinstance(other, Tensor)
         assert one.dtype == other.dtype
+        assert one.layout == other.layout
+        one, other = one.to_dense(), other.to_dense()
         assert torch.equal(one, other), (one, other)
     elif isinstance(one, dict):
         assert one.keys() == other.keys()

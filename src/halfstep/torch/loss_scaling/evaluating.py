@@ -46,6 +46,7 @@ class EvaluatedStep(ScaledStep):
     def _step_evaluating(self, closure: Closure) -> Any:
         """Let the inner optimizer evaluate the closure as often as it wants."""
         self._wide.refuse_closure()
+        self._undo.settled()
         if not self.loss_scale.skips:
             self._before_step(closure)
             loss: Any = self.inner_optimizer.step(self._evaluation(closure, []))

@@ -81,10 +81,17 @@ class FusedSwitch:
     Args:
         optimizer: any; one without fused kernels is left alone.
         before: the settings that were changed already, in the optimizer that this is a copy of.
+        wanted: whether anything is to be turned on at all.
     """
 
-    def __init__(self, optimizer: Optimizer, before: list[Settings | None] | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        before: list[Settings | None] | None = None,
+        wanted: bool = True,
+    ) -> None:
         self._optimizer = optimizer
+        self._wanted = wanted
         self.before: list[Settings | None] = list(before or [])
         self._sparse = False
         self._seen: tuple[torch.device, type] | None = None
@@ -96,7 +103,7 @@ class FusedSwitch:
         """
         groups = self._optimizer.param_groups
         self._seen = self._first()
-        if self._sparse or not _allows_fused(self._optimizer):
+        if self._sparse or not self._wanted or not _allows_fused(self._optimizer):
             self.turn_off()
             return
         self.before += [None] * (len(groups) - len(self.before))
@@ -191,7 +198,7 @@ def late_momentum(optimizer: Optimizer) -> bool:
     Fused SGD allocates a buffer with ``empty_like`` on the first step, and leaves that memory as
     it is where the step is skipped: the next step would start from garbage. Zeros are what the
     first step amounts to without dampening. With dampening the first buffer is the whole
-    gradient, which no starting value gives: such a step reads the flag instead.
+    gradient, which no starting value gives: such a step is taken without the fused kernels.
     """
     waiting = False
     for group in optimizer.param_groups:

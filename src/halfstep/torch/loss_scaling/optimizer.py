@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from .fusion import FusedSwitch
 from .gradients import judge, moved, refuse_float16, widened
 from .history import ScaleEvent
 from .scaled_step import ScaledStep, Stage
+from .undoing import Undo, Where
 from .wide import put_gradient
 
 
@@ -41,7 +42,7 @@ class LossScaleOptimizer(EvaluatedStep):
 
     With Adam, AdamW, SGD and Adagrad nothing of this is read on the host: their fused kernels
     are turned on while they are wrapped, and unscale, clip and skip on the device. Every other
-    optimizer reads one flag a step.
+    optimizer reads one flag a step, unless ``skip="device"``.
 
     Scaled gradients stand in ``.grad`` between ``backward`` and ``step``. Call `unscale_` before
     you look at them or change them yourself. Step hooks see them unscaled, on this object and on
@@ -58,10 +59,19 @@ class LossScaleOptimizer(EvaluatedStep):
         process_group: agree with the other ranks of this group on skipping: one rank's overflow
             skips the step on all. ``DistributedDataParallel`` needs none, since its gradients
             are equal on all ranks by construction. The norm that clips is this rank's own.
+        skip: where it is decided to leave a step out. ``"auto"``: on the device by the fused
+            kernels, and by one flag read on the host with optimizers that have none.
+            ``"device"``: never by a read. Where there are no fused kernels the step is taken, and
+            what it changed is put back on the device: that needs memory for a copy of what the
+            step changes (parameters and state) until it is over, and reads and writes each
+            of their bytes 9 times. ``"host"``: by one flag read in each step; the optimizer keeps
+            its own kernels. Inside ``torch.compile`` and the capture of a CUDA graph, where
+            nothing can be read, all three are decided on the device. It is no part of the
+            ``state_dict``.
 
     Raises:
         LossScaleError: an optimizer that is none, or is wrapped already; float16 parameters; a
-            ``max_norm`` that is not positive.
+            ``max_norm`` that is not positive; another ``skip``.
         PolicyError: parameters whose policies want different loss scales.
 
     Source: Micikevicius et al. 2017, "Mixed Precision Training", arXiv:1710.03740, section 3.2.
@@ -87,8 +97,12 @@ class LossScaleOptimizer(EvaluatedStep):
         *,
         max_norm: float | None = None,
         process_group: dist.ProcessGroup | None = None,
+        skip: Where = "auto",
     ) -> None:
         _check_optimizer(optimizer)
+        if skip not in get_args(Where):
+            allowed = ", ".join(map(repr, get_args(Where)))
+            raise LossScaleError(f"LossScaleOptimizer(skip={skip!r}): it must be one of {allowed}.")
         if max_norm is not None and not max_norm > 0:
             raise LossScaleError(f"LossScaleOptimizer(max_norm={max_norm!r}): it must be positive.")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -97,7 +111,8 @@ class LossScaleOptimizer(EvaluatedStep):
             rule = DynamicLossScale() if wanted is None else wanted
         else:
             rule = as_loss_scale(loss_scale)
-        fusion = FusedSwitch(optimizer)
+        self._undo = Undo(skip)
+        fusion = FusedSwitch(optimizer, wanted=self._undo.by_kernels)
         self._set_up(optimizer, max_norm, process_group, fusion, checkpoint.fresh(rule))
         if rule.skips:
             refuse_float16(optimizer)
@@ -129,7 +144,24 @@ class LossScaleOptimizer(EvaluatedStep):
 
     def __repr__(self) -> str:
         clip = "" if self.max_norm is None else f", max_norm={self.max_norm}"
-        return f"{type(self).__name__}({self.inner_optimizer!r}, {self.loss_scale!r}{clip})"
+        skip = "" if self.skip == "auto" else f", skip={self.skip!r}"
+        return f"{type(self).__name__}({self.inner_optimizer!r}, {self.loss_scale!r}{clip}{skip})"
+
+    @property
+    def skip(self) -> Where:
+        """Where it is decided to leave a step out: ``"auto"``, ``"device"`` or ``"host"``."""
+        return self._undo.where
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's state, the very object.
+
+        With ``skip="device"``, looking at it after a step that made state, or counted on the
+        host, waits for the device; `inner_optimizer.state` does not, and such entries may
+        be those of a step that is being skipped.
+        """
+        self._undo.settled()
+        return self.inner_optimizer.state
 
     # ------------------------------------------------------------------ what it did
 
@@ -144,6 +176,7 @@ class LossScaleOptimizer(EvaluatedStep):
 
         Hold back a scheduler with it: ``if not optimizer.last_step_skipped: scheduler.step()``.
         """
+        self._undo.settled()
         return self._now.last_found is not None and bool(self._now.last_found.item())
 
     @property
@@ -254,6 +287,7 @@ class LossScaleOptimizer(EvaluatedStep):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        self._undo.settled()
         with self._wide.lent():
             state_dict = self._fusion.honest(self.inner_optimizer.state_dict())
         if self._wide:
@@ -311,6 +345,7 @@ class LossScaleOptimizer(EvaluatedStep):
 
     def _load_inner(self, state_dict: dict[str, Any]) -> None:
         inner = self.inner_optimizer
+        self._undo.settled()
         # loading replaces these two objects, so that keeping them is enough to go back
         before = inner.state, inner.param_groups
         try:
@@ -328,9 +363,11 @@ class LossScaleOptimizer(EvaluatedStep):
                 "A LossScaleOptimizer with a process_group cannot be pickled or copied: the group "
                 "belongs to this process. Save its state_dict() instead."
             )
+        self._undo.settled()
         return {
             "inner_optimizer": self.inner_optimizer,
             "max_norm": self.max_norm,
+            "skip": self.skip,
             "saved": self._saved(),
             "fused_before": self._fusion.before,
             "kept": rests.to_copy(self.inner_optimizer),
@@ -339,7 +376,8 @@ class LossScaleOptimizer(EvaluatedStep):
     def __setstate__(self, state: dict[str, Any]) -> None:
         inner, saved = state["inner_optimizer"], state["saved"]
         rests.from_copy(state["kept"])
-        fusion = FusedSwitch(inner, state["fused_before"])
+        self._undo = Undo(state["skip"])
+        fusion = FusedSwitch(inner, state["fused_before"], self._undo.by_kernels)
         self._set_up(inner, state["max_norm"], None, fusion, saved)
         if saved.rule.skips:
             with self._wide.lent():

@@ -227,7 +227,7 @@ class ScaledStep(OptimizerProxy):
             with self._wide.lent() if self._wide else _NOTHING:
                 self._fusion.follow(grads.sparse)
         verdict, (found, taken) = self._judge(grads)
-        self._take(grads, Skip(found), verdict.divisor)
+        self._take(grads, Skip(found, self._undo.settled()), verdict.divisor)
         if self.max_norm is not None:
             self._now.last_norm = verdict.norm
         self._record(found, taken)
@@ -239,6 +239,8 @@ class ScaledStep(OptimizerProxy):
             on_shards = grads.sharded and grads.foreign is None and steps_on_shards(inner)
             with shards_lent(inner) if on_shards else _NOTHING:
                 take_step(inner, own, skip, divisor)
+                if on_shards:  # the state is placed anew after this
+                    self._undo.settled()
 
         if self._wide:
             self._wide.step(lambda: take(gather(inner)), skip.found)

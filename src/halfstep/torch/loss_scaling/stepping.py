@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import traced
+from .changing import Inside
 from .fusion import has_fused_kernels, is_fused, is_sgd, late_momentum, unfused
 from .gradients import Gradients, divide_
 from .guards import is_watched
 from .host import is_free, number
+from .undoing import Undo
 
 
 class Skip:
@@ -21,10 +23,12 @@ class Skip:
 
     Args:
         found: 1.0 to skip, 0.0 to step.
+        undo: what takes a step back on the device, where that is wanted.
     """
 
-    def __init__(self, found: Tensor) -> None:
+    def __init__(self, found: Tensor, undo: Undo | None = None) -> None:
         self.found = found
+        self.undo = undo
         self._known: bool | None = None
 
     def on_host(self) -> bool:
@@ -32,6 +36,11 @@ class Skip:
         if self._known is None:
             self._known = number(self.found) > 0
         return self._known
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether the optimizer's own kernels may unscale and skip."""
+        return self.undo is None or self.undo.by_kernels
 
 
 def take_step(
@@ -44,8 +53,9 @@ def take_step(
 ) -> Any:
     """Divide the gradients and step, or leave parameters and state as they are.
 
-    On the device where the optimizer's kernels can skip there; by one flag read on the host for
-    every other optimizer; and inside ``torch.compile``, where nothing can be read, by undoing.
+    On the device where the optimizer's kernels can skip there. For every other optimizer by one
+    flag read on the host; or by undoing, where that is wanted, and inside ``torch.compile``, where
+    nothing can be read.
 
     Args:
         optimizer: whose turn it is.
@@ -60,16 +70,32 @@ def take_step(
     """
     if is_free(skip.found) and skip.on_host():
         return None
-    if skips_on_device(optimizer, grads):
+    if skip.by_kernels and skips_on_device(optimizer, grads):
         return _on_device(optimizer, skip.found, divisor, *args, **kwargs)
     divide_(grads, divisor)
     if torch.compiler.is_compiling():
         return traced.step_or_undo(optimizer, skip.found, *args, **kwargs)
+    inside = _to_undo(optimizer, skip)
+    if is_fused(optimizer) and skip.by_kernels:
+        with unfused(optimizer):
+            return _without_kernels(optimizer, skip, inside, *args, **kwargs)
+    return _without_kernels(optimizer, skip, inside, *args, **kwargs)
+
+
+def _to_undo(optimizer: Optimizer, skip: Skip) -> Inside | None:
+    """Return what the step may change, if it is to be taken back on the device."""
+    if skip.undo is None or is_free(skip.found):
+        return None
+    return skip.undo.inside(optimizer, skip.found)
+
+
+def _without_kernels(
+    optimizer: Optimizer, skip: Skip, inside: Inside | None, *args: Any, **kwargs: Any
+) -> Any:
+    if skip.undo is not None and inside is not None:
+        return skip.undo.step(optimizer, inside, skip.found, *args, **kwargs)
     if skip.on_host():  # the one host read of this way
         return None
-    if is_fused(optimizer):
-        with unfused(optimizer):
-            return optimizer.step(*args, **kwargs)
     return optimizer.step(*args, **kwargs)
 
 
