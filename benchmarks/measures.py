@@ -57,6 +57,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.casts: list[Cast] = []
         self.groups: list[Cast] = []
         self.host_reads = 0
+        self.copied_bytes = 0
         self.launches = 0
 
     @classmethod
@@ -78,6 +79,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._cast(list(zip(args[1], args[0], strict=True)), self.groups)
         elif operation is aten._local_scalar_dense:
             self.host_reads += 1
+        elif operation is aten._foreach_clone:
+            self.copied_bytes += _bytes(*result)
         return result
 
     def _cast(self, pairs: list[tuple[Tensor, Tensor]], seen: list[Cast]) -> None:
@@ -143,6 +146,7 @@ class Counts:
         group_bytes: bytes that those read and write.
         saved_bytes: bytes kept for backward; of the last micro-batch.
         host_reads: reads of a value on the host that are visible to the dispatcher.
+        copied_bytes: bytes of grouped copies, which halfstep makes to take a step back.
         launches: operations that run something on the device, the optimizer's too; a grouped one
             is one.
     """
@@ -153,6 +157,7 @@ class Counts:
     group_bytes: int
     saved_bytes: int
     host_reads: int
+    copied_bytes: int
     launches: int
 
 
@@ -236,6 +241,7 @@ def count(training: Training) -> Counts:
         group_bytes=sum(cast.moved for cast in observer.groups),
         saved_bytes=saved.bytes // training.micro_batches,
         host_reads=observer.host_reads,
+        copied_bytes=observer.copied_bytes,
         launches=observer.launches,
     )
 

@@ -20,7 +20,8 @@ LOW = (torch.float16, torch.bfloat16)
 
 Kind = Literal[
     "float32", "torch.amp", "torch.amp, CUDA's lists", "halfstep", "halfstep, CUDA's lists",
-    "halfstep rewrite", "Fabric", "Transformer Engine", "torchao float8",
+    "halfstep, skip='device'", "halfstep rewrite", "Fabric", "Transformer Engine",
+    "torchao float8",
 ]  # fmt: skip
 Functional = Literal["autocast", "compute"]
 OURS = frozenset(("halfstep", "halfstep rewrite"))
@@ -310,6 +311,10 @@ def _loss_scaled(optimizer: Optimizer, device: str, max_norm: float | None) -> P
     return Halfstep(LossScaleOptimizer(optimizer, "dynamic", max_norm=max_norm))
 
 
+def _skipping_on_device(optimizer: Optimizer, device: str, max_norm: float | None) -> Plain:
+    return Halfstep(LossScaleOptimizer(optimizer, "dynamic", max_norm=max_norm, skip="device"))
+
+
 @dataclass(frozen=True)
 class Family:
     """How all styles of one kind are trained: a row of `FAMILIES`.
@@ -335,6 +340,7 @@ FAMILIES: dict[Kind, Family] = {
     "torch.amp, CUDA's lists": Family(context=_cuda_lists),
     "halfstep": Family(_policied, _nothing, _loss_scaled),
     "halfstep, CUDA's lists": Family(_policied, _cuda_lists_inside, _loss_scaled),
+    "halfstep, skip='device'": Family(_policied, _nothing, _skipping_on_device),
     "halfstep rewrite": Family(_rewritten, _nothing, _loss_scaled, compiles=True),
     # its optimizer_step is GradScaler's step and update
     "Fabric": Family(context=_fabric, needs="lightning_fabric"),
