@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +62,7 @@ class Copies:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        alone, shared = _by_memory([tensor for tensor in tensors if not _overlaps(tensor)])
+        alone, shared = _by_memory([tensor for tensor in tensors if not _expanded(tensor)])
         buckets: dict[Bucket, list[Tensor]] = {}
         for tensor in alone:
             kind = tensor.device, _BITS[min(tensor.element_size(), 8)]
@@ -105,35 +104,48 @@ class _Bucket:
 @torch.no_grad()
 def _copied(tensors: list[Tensor]) -> _Bucket:
     views = list(map(_bits, tensors))
-    places = [tensor.data_ptr() for tensor in tensors]
+    places = list(map(Tensor.data_ptr, tensors))
     return _Bucket(tensors, views, places, list(torch._foreach_clone(views)))
 
 
 def _views_now(bucket: _Bucket) -> list[Tensor]:
     # a step may have put other memory under a tensor, through .data
-    if [tensor.data_ptr() for tensor in bucket.tensors] != bucket.places:
+    if list(map(Tensor.data_ptr, bucket.tensors)) != bucket.places:
         return list(map(_bits, bucket.tensors))
     return bucket.views
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.view(_BITS[tensor.element_size()])
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    # an expanded tensor: torch writes into none, so that a step can only have replaced it
+def _expanded(tensor: Tensor) -> bool:
+    # torch writes into no such tensor, so that a step can only have replaced it
     return not tensor.is_contiguous() and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
 
 
 def _by_memory(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Split tensors into those that have a memory of their own, and the others."""
-    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
-    owners = Counter(storages)
-    alone = [t for t, storage in zip(tensors, storages, strict=True) if owners[storage] == 1]
-    shared = [t for t, storage in zip(tensors, storages, strict=True) if owners[storage] > 1]
-    return alone, shared
+    """Split tensors into those whose memory is theirs alone, and the others."""
+    places = sorted((*_extent(tensor), place) for place, tensor in enumerate(tensors))
+    shared: set[int] = set()
+    reached, last = 0, -1
+    for begin, end, place in places:
+        if begin < reached:
+            shared |= {place, last}
+        if end > reached:
+            reached, last = end, place
+    alone = [tensor for place, tensor in enumerate(tensors) if place not in shared]
+    return alone, [tensors[place] for place in sorted(shared)]
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first address of the tensor's memory, and the first one after it."""
+    if tensor.is_contiguous():
+        begin: int = tensor.data_ptr()
+        return begin, begin + tensor.nbytes
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()

@@ -156,8 +156,9 @@ class _Before:
         self._found = found
         every = [*inside.parameters.values(), *inside.tensors.values()]
         parts = {id(part): part for tensor in every for part in plain_tensors(tensor)}.values()
-        self._copies = Copies(part for part in parts if _reached(part, found))
-        self._far = [(part, part.clone()) for part in parts if not _reached(part, found)]
+        far = {id(part) for part in parts if not _reached(part, found)}
+        self._copies = Copies(part for part in parts if id(part) not in far)
+        self._far = [(part, part.detach().clone()) for part in parts if id(part) in far]
 
     def choose_tensors(self) -> None:
         """Choose in place, for somebody who looks before the choice is made for good."""
@@ -227,8 +228,7 @@ def _reached(tensor: Tensor, found: Tensor) -> bool:
 
     Not in the sparse momentum that SGD makes of sparse gradients: it has other indices each step.
     """
-    beside = tensor.device.type != "cpu" or found.device.type == "cpu"
-    return beside and tensor.layout is torch.strided
+    return (not tensor.is_cpu or found.is_cpu) and tensor.layout is torch.strided
 
 
 def _captured_on(device: torch.device) -> bool:
