@@ -14,8 +14,8 @@ from .policies import parse_policies as parse_policies
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
 from .recipe import write_template as write_template
+from .results import Summary as Summary
 from .run import Settings as Settings
 from .run import compare as compare
-from .summary import Summary as Summary
 from .summary import summarise as summarise
 from .verdict import verdict as verdict

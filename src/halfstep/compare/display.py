@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ..core.record import Event
 from .figures import Row, rows
-from .summary import RecipeResult, Summary
+from .results import RecipeResult, Summary
 
 REDRAW_SECONDS = 0.5
 """Drawing takes time that would be the training's; it is never inside a timed step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .summary import Memory, PolicyResult, RecipeResult, Spread
+from .results import Memory, PolicyResult, RecipeResult, Spread
 
 NOTHING = "–"
 

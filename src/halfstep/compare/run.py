@@ -21,7 +21,8 @@ from .frameworks import Policies, Starter, Trainer, framework_of
 from .machine import computes_in, describe_machine
 from .policies import DEFAULT, parse_policies
 from .recipe import Recipe, load_recipe
-from .summary import Summary, summarise
+from .results import Summary
+from .summary import summarise
 
 
 @dataclass(frozen=True)

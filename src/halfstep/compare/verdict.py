@@ -14,10 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .summary import PolicyResult, RecipeResult, Spread
+from .results import PolicyResult, RecipeResult, Spread
 
 SAME_TIME = 0.03
 """Times whose ratio is this near to 1, or as near as the measurement can tell, are the same."""

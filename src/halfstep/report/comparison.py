@@ -11,7 +11,8 @@ from typing import Any, cast
 from markupsafe import Markup
 
 from ..compare.figures import bytes_in_words, rows
-from ..compare.summary import FORMAT, VERSION, RecipeResult, Summary, summarise
+from ..compare.results import RecipeResult, Summary
+from ..compare.summary import FORMAT, VERSION, summarise
 from ..core.record import read_record
 from ..errors import RecordError
 from .assembly import environment, in_script, plotly_js
