@@ -68,7 +68,11 @@ class PolicyWarning(UserWarning):
 
 
 class LossScaleWarning(UserWarning):
-    """Gradients are divided by a loss scale that, it seems, they were never multiplied by."""
+    """Loss scaling does not do what was asked of it.
+
+    Gradients are divided by a scale that, it seems, they were never multiplied by; or steps that
+    were to be skipped on the device (``skip="device"``) have to wait for the host.
+    """
 
 
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> str:
