@@ -174,15 +174,29 @@ def kept_of(parameter: Tensor) -> Kept:
 @torch.no_grad()
 def take_rest(parameter: Tensor, rest: Tensor) -> None:
     """Keep a master or a compensation, bit for bit, wherever it belongs to what the weight is."""
-    low, update = parameter.detach(), update_of(parameter)
-    rest = rest.to(low.device)
+    update = update_of(parameter)
+    rest = rest.to(parameter.device)
+    _keep_rest(parameter, _fitting(parameter.detach(), rest, update), update)
+
+
+def _fitting(low: Tensor, rest: Tensor, update: Update) -> Tensor:
     if update == "master":
-        fits, other = rest.to(low.dtype) == low, low.float()
-    else:
-        # a compensation of half the last place is a tie, which may round to the neighbour
-        inside = low.float() + rest.float() * 0.99
-        fits, other = inside.to(low.dtype) == low, torch.zeros_like(rest)
-    _keep_rest(parameter, torch.where(fits, rest, other), update)
+        return torch.where(rest.to(low.dtype) == low, rest, low.float())
+    # a compensation of half the last place is a tie, which may round to the neighbour
+    inside = low.float() + rest.float() * 0.99
+    return torch.where(inside.to(low.dtype) == low, rest, torch.zeros_like(rest))
+
+
+@torch.no_grad()
+def agree_in_graph(parameter: Tensor, kept: Kept) -> Kept:
+    """Return ``kept``, in agreement with the parameter whoever has written to it since.
+
+    For ``torch.compile``, where no version tells whether somebody has: it looks at every digit.
+    """
+    if kept.rest.device != parameter.device:
+        kept.rest = kept.rest.to(parameter.device)
+    kept.rest.copy_(_fitting(parameter.detach(), kept.rest, kept.update))
+    return kept
 
 
 @torch.no_grad()

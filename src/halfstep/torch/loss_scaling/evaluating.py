@@ -9,8 +9,9 @@ import torch
 from ...errors import LossScaleError
 from .closures import Closure, NotFinite, evaluates_once, step_or_restore
 from .gradients import Gradients, divide_
-from .scaled_step import ScaledStep, Stage
+from .scaled_step import ScaledStep
 from .spread import Flag
+from .stages import Stage
 
 
 class EvaluatedStep(ScaledStep):
@@ -33,6 +34,7 @@ class EvaluatedStep(ScaledStep):
             LossScaleExhausted: a smaller scale can no longer help. On an accelerator it comes a
                 few steps late, because nothing waits for it.
         """
+        self._now.called = True
         if closure is not None and not evaluates_once(self.inner_optimizer):
             return self._step_evaluating(closure)
         loss = None
@@ -42,6 +44,15 @@ class EvaluatedStep(ScaledStep):
         with torch.no_grad():
             self._step(closure)
         return loss
+
+    @property
+    def _opt_called(self) -> bool:
+        # the wrapper that schedulers put around `step` sets it; see the end of this file
+        return self._now.called
+
+    @_opt_called.setter
+    def _opt_called(self, called: bool) -> None:
+        self._now.called = called
 
     def _step_evaluating(self, closure: Closure) -> Any:
         """Let the inner optimizer evaluate the closure as often as it wants."""
@@ -91,3 +102,8 @@ class EvaluatedStep(ScaledStep):
         self._now.last_norm = verdict.norm if self.max_norm is not None else None
         flags.append(flag)
         return not flag[0].item()
+
+
+# Schedulers wrap the `step` of each optimizer that does not say that it is wrapped, to warn if they
+# are stepped before it; and Dynamo does not trace what they wrap it in.
+vars(EvaluatedStep.step)["_wrapped_by_lr_sched"] = True

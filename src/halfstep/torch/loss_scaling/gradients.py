@@ -125,7 +125,7 @@ def gather(optimizer: Optimizer, allow_float16: bool = False) -> Gradients:
                 continue
             if parameter.dtype in LOW:
                 found.low = True
-                if not allow_float16:
+                if not allow_float16 and not torch.compiler.is_compiling():
                     _refuse_low(optimizer, parameter)
             _add(found, parameter, grad)
     return found

@@ -59,10 +59,13 @@ def refuse_more(optimizer: Optimizer) -> list[RemovableHandle]:
     """Make any ``backward`` raise that adds to these gradients; they are unscaled now.
 
     The hooks exist from unscaling to the step, so that an ordinary step pays nothing for them.
+    A graph takes none; `refuse_scaling` stands in for them there.
 
     Returns:
         The hooks; remove them with the step.
     """
+    if torch.compiler.is_compiling():
+        return []
 
     def refuse(parameter: Tensor) -> None:
         raise LossScaleError(
@@ -75,6 +78,16 @@ def refuse_more(optimizer: Optimizer) -> list[RemovableHandle]:
         parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
         for parameter in _trainable(optimizer)
     ]
+
+
+def refuse_scaling(unscaled: bool) -> None:
+    """Raise in a graph where a loss is scaled while the gradients are unscaled."""
+    if unscaled and torch.compiler.is_compiling():
+        raise LossScaleError(
+            "A loss is scaled after unscale_(), inside torch.compile: its gradients would be added "
+            "to unscaled ones. Run all backward passes before unscale_(), and after it a step() "
+            "or a zero_grad()."
+        )
 
 
 class Leftovers:

@@ -21,7 +21,8 @@ from .evaluating import EvaluatedStep
 from .fusion import FusedSwitch
 from .gradients import judge, moved, refuse_float16, widened
 from .history import ScaleEvent
-from .scaled_step import ScaledStep, Stage
+from .scaled_step import ScaledStep
+from .stages import Stage
 from .undoing import Undo, Where
 from .wide import put_gradient
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -20,26 +18,19 @@ from . import checkpoint, traced
 from .closures import Closure
 from .fusion import FusedSwitch
 from .gradients import Gradients, Verdict, blame, divide_, gather, groups_of, judge
-from .guards import Leftovers, is_watched, refuse_foreign, refuse_more
+from .guards import Leftovers, is_watched, refuse_foreign, refuse_more, refuse_scaling
 from .history import History, exhausted_message
 from .lost import LostUpdates
 from .outputs import over_tensors, scaled
 from .proxy import OptimizerProxy
 from .shard_lending import shards_lent, steps_on_shards
 from .spread import Agreement, Flag, agree, judge_together
+from .stages import Now, Stage
 from .state import ScaleState
 from .stepping import Skip, step_now, take_step
 from .wide import WideSide
 
 _NOTHING = nullcontext()
-
-
-class Stage(Enum):
-    """Where a step stands."""
-
-    IDLE = "nothing was scaled since the last step"
-    SCALED = "a loss was scaled; the gradients are"
-    UNSCALED = "the gradients are unscaled"
 
 
 class StepObserver(Protocol):
@@ -53,28 +44,6 @@ class StepObserver(Protocol):
 
     def after_step(self, found: Tensor, state: Tensor) -> None:
         """Take what the step found (1.0: skipped) and the packed state of the scale after it."""
-
-
-@dataclass
-class Now:
-    """Where an optimizer stands between two calls.
-
-    An object of its own, because Dynamo forgets what a compiled function assigns to an attribute
-    of an optimizer (2.13), but not to one of an object in it.
-
-    Attributes:
-        steps: calls of ``step()``.
-        stage: what the gradients are.
-        found: of unscaled gradients, what unscaling saw.
-        last_found: 1.0 if the last step was skipped.
-        last_norm: the norm of the last step's unscaled gradients, before clipping.
-    """
-
-    steps: int
-    stage: Stage = Stage.IDLE
-    found: Tensor | None = None
-    last_found: Tensor | None = None
-    last_norm: Tensor | None = None
 
 
 class ScaledStep(OptimizerProxy):
@@ -141,6 +110,7 @@ class ScaledStep(OptimizerProxy):
         """
         if not self.loss_scale.skips:
             return loss
+        refuse_scaling(self._now.stage is Stage.UNSCALED)
         outputs = over_tensors(loss, self._scaled)
         self._now.stage = Stage.SCALED if self._now.stage is Stage.IDLE else self._now.stage
         return outputs

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from ...core.policy_names import Update
 from ...errors import LossScaleError
 from ..casting import LOW
-from ..masters import CLOSE, OPEN, Kept, kept_of, update_of, version_of, widened_all
+from ..masters import CLOSE, OPEN, Kept, agree_in_graph, kept_of, update_of, version_of, widened_all
 from .closures import evaluates_once
 from .gradients import groups_of
 from .guards import is_watched
@@ -43,6 +43,7 @@ class WideSide:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._managed: dict[int, Update] = {}
+        self._kept: dict[int, Kept] = {}
         self._dtypes: list[torch.dtype] = []
         self._parts: list[Groups] = []
         self._widened: list[Tensor] = []
@@ -58,12 +59,13 @@ class WideSide:
         if dtypes == self._dtypes:
             return
         before, self._dtypes = self._managed, dtypes
-        self._managed, self._parts = {}, []
+        self._managed, self._kept, self._parts = {}, {}, []
         for group in groups:
             for parameter in group["params"]:
                 update = update_of(parameter)
                 if update != "plain":
                     self._managed[id(parameter)] = update
+                    self._kept[id(parameter)] = kept_of(parameter)
                     if id(parameter) not in before:
                         self._widen_state(parameter)
 
@@ -121,9 +123,14 @@ class WideSide:
             kept: dict[Update, tuple[list[Tensor], list[Kept]]] = {u: ([], []) for u in OPEN}
             for low in lows:
                 kept[self._managed[id(low)]][0].append(low)
-                kept[self._managed[id(low)]][1].append(kept_of(low))
+                kept[self._managed[id(low)]][1].append(self._kept_of(low))
             result = self._step_part(groups, kept, take, found)
         return result
+
+    def _kept_of(self, low: Tensor) -> Kept:
+        if torch.compiler.is_compiling():  # Dynamo does not trace dictionaries of weak references
+            return agree_in_graph(low, self._kept[id(low)])
+        return kept_of(low)
 
     def _step_part(
         self,
@@ -148,8 +155,9 @@ class WideSide:
         for update, wides in opened.items():
             lows, rests = kept[update]
             CLOSE[update](lows, rests, wides, found)
-            for low, rest in zip(lows, rests, strict=True):
-                rest.version = version_of(low)
+            if not torch.compiler.is_compiling():
+                for low, rest in zip(lows, rests, strict=True):
+                    rest.version = version_of(low)
         return result
 
     @contextmanager
@@ -178,7 +186,8 @@ class WideSide:
 
         Those of torch update each parameter by itself; of others, and of hooks, nothing is known.
         """
-        if not evaluates_once(self._optimizer) or is_watched(self._optimizer):
+        whole = torch.compiler.is_compiling()  # a graph says itself what is in memory, and when
+        if whole or not evaluates_once(self._optimizer) or is_watched(self._optimizer):
             return [self._all()]
         if not self._parts:
             self._parts = list(_parts(self._all()))
@@ -190,7 +199,16 @@ class WideSide:
         """Put the float32 values of 16-bit gradients in their place, and divide those.
 
         In 16 bits an unscaled gradient would lose what it was scaled for.
+
+        Raises:
+            LossScaleError: inside ``torch.compile``.
         """
+        if torch.compiler.is_compiling():
+            raise LossScaleError(
+                "unscale_() inside torch.compile: the gradients of 16-bit parameters would become "
+                "float32 ones in their place, which Dynamo does not trace. Leave it out: step() "
+                "unscales by itself, and clips with max_norm=."
+            )
         for low in self._of(self._all()):
             if low.grad is not None and low.grad.dtype in LOW:
                 put_gradient(low, low.grad.to(torch.float32), torch.float32)
