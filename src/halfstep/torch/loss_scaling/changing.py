@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import functools
 import logging
 import types
 import weakref
@@ -24,7 +26,7 @@ ABSENT = type("Absent", (), {"__repr__": lambda _: "absent"})()
 _NUMBERS = (int, float, complex, str, bytes, np.generic)
 
 _CONSTANTS = (
-    *(*_NUMBERS, type(None), type, range, frozenset),
+    *(*_NUMBERS, type(None), type, range, frozenset, enum.Enum, functools.partial),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
 )
