@@ -96,7 +96,8 @@ def follow(module: nn.Module) -> None:
         if own is None or (_kept.get(own) is not whole and type(own) in _PLAIN):
             del wholes[name]
         elif type(own) not in _PLAIN and own not in _kept:
-            _pass_on(own, wholes.pop(name))
+            _pass_on(own, whole)
+            wholes[name] = _kept.get(own, whole)  # it may be cut once more
 
 
 def version_of(parameter: Tensor) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PolicyError
+from . import registry
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -55,31 +56,47 @@ def placed_like(part: Tensor, pattern: Tensor) -> Tensor:
 
 
 def cut_like(whole: Tensor, pattern: Tensor) -> Tensor | None:
-    """Return a whole tensor that every rank has, placed as a DTensor is; nothing is sent.
+    """Return a tensor that every rank has, placed as a DTensor is; nothing is sent.
 
-    A plain shard is cut before a strided one, which FSDP2 makes of what tensor parallelism has cut
-    already. None where the parts do not come out as those of ``pattern``: an own way of sharding.
+    Where tensor parallelism has cut it already, FSDP2 cuts the part. It marks such a cut as
+    strided, and that it comes after the plain ones.
+
+    Args:
+        whole: a plain tensor, or a DTensor on some of the pattern's dimensions.
+        pattern: the DTensor.
+
+    Returns:
+        None where the parts do not come out as those of ``pattern``: an own way of sharding.
     """
     shaped: Any = pattern
-    if is_dtensor(whole) or whole.shape != pattern.shape:
+    given: Any = whole
+    if whole.shape != pattern.shape:
         return None
-    part = whole
+    names = shaped.device_mesh.mesh_dim_names or ()
+    done = given.device_mesh.mesh_dim_names or () if is_dtensor(whole) else ()
+    if is_dtensor(whole) and not set(done) < set(names):
+        return None
     placements = list(enumerate(shaped.placements))
     plain = [p for p in placements if not hasattr(p[1], "split_factor")]
     strided = [p for p in placements if hasattr(p[1], "split_factor")]
+    part = local(whole)
     for place, placement in [*plain, *reversed(strided)]:
-        if placement.is_replicate():
+        if placement.is_replicate() or (names and names[place] in done):
             continue
         if not hasattr(placement, "dim"):
             return None  # partial sums
-        ranks = shaped.device_mesh.size(place)
-        size = -(-part.shape[placement.dim] // ranks)
-        start = min(size * shaped.device_mesh.get_local_rank(place), part.shape[placement.dim])
-        end = min(start + size, part.shape[placement.dim])
-        part = part.narrow(placement.dim, start, end - start)
+        part = _chunk(part, placement.dim, shaped.device_mesh, place)
     if part.shape != local(pattern).shape:
         return None
     return placed_like(part.clone().to(local(pattern).device), pattern)
+
+
+def _chunk(tensor: Tensor, dim: int, mesh: Any, place: int) -> Tensor:
+    """Cut out this rank's part as ``torch.chunk`` does: the last ranks may have less, or none."""
+    length = tensor.shape[dim]
+    size = -(-length // mesh.size(place))
+    start = min(size * mesh.get_local_rank(place), length)
+    return tensor.narrow(dim, start, min(size, length - start))
 
 
 def set_values(parameter: Tensor, values: Tensor) -> None:
@@ -94,14 +111,20 @@ def set_values(parameter: Tensor, values: Tensor) -> None:
     if not is_dtensor(parameter):
         parameter.data = values
         return
+    policy = registry.policy_of_parameter(parameter)
+    registry.forget(parameter)  # by a weak reference, and nothing may refer to what trades places
+    other = nn.Parameter(values, parameter.requires_grad)
     try:
-        torch.utils.swap_tensors(parameter, nn.Parameter(values, parameter.requires_grad))  # type: ignore[no-untyped-call]
+        torch.utils.swap_tensors(parameter, other)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise PolicyError(
             f"apply_policy: a sharded weight of shape {tuple(parameter.shape)} cannot change its "
             f"dtype now ({error}). Apply the policy before anything else looks at the weights, or "
             "before fully_shard and parallelize_module."
         ) from None
+    finally:
+        if policy is not None:
+            registry.register(parameter, policy)
 
 
 def refuse_after_forward(modules: Iterable[nn.Module]) -> None:

@@ -9,21 +9,20 @@ import sys
 import warnings
 from pathlib import Path
 
+import clipping
+import memory
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from halfstep.torch import LossScaleOptimizer, apply_policy, remove_policy
-from halfstep.torch.distributed import TrainingState
-
-sys.path.insert(0, str(Path(__file__).parent))  # pytest looks for doctests here, from elsewhere
+from training import STEPS, Sent, batches, mean, mine, optimizer_of, train, whole
 from ways import (
     FOUR,
+    MEMORY,
+    MEMORY_FOUR,
     OVERRIDES,
     SIXTEEN,
     TWO,
@@ -34,47 +33,10 @@ from ways import (
     shard,
 )
 
-BATCH, STEPS = 8, 3
-
+from halfstep.torch import apply_policy, remove_policy
+from halfstep.torch.distributed import TrainingState
 
 # ------------------------------------------------------------------ training
-
-
-def batches():
-    return torch.randn(STEPS + 2, BATCH, WIDTH, generator=torch.Generator().manual_seed(1))
-
-
-def mine(x, name):
-    """This rank's part of a batch; ranks that share a model's layers share its data."""
-    if name.startswith("tensor"):
-        return x
-    groups = 2 if "x tensor" in name else dist.get_world_size()
-    return x.chunk(groups)[dist.get_rank() // (dist.get_world_size() // groups)]
-
-
-def optimizer_of(model, group=None, loss_scale=None):
-    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return LossScaleOptimizer(inner, loss_scale, process_group=group)
-
-
-def train(model, optimizer, data, factors=(1.0,) * STEPS):
-    losses = []
-    for x, factor in zip(data, factors, strict=False):
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        optimizer.backward(loss * factor)
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
-def mean(values):
-    dist.all_reduce(values)
-    return (values / dist.get_world_size()).tolist()
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def same_loss(ways, policy):
@@ -223,20 +185,6 @@ def hooks_of_others():
     return {"saved": seen, "said": said}
 
 
-class Sent(TorchDispatchMode):
-    """The dtypes that reductions over ranks are done in."""
-
-    def __init__(self):
-        super().__init__()
-        self.dtypes = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d" and "reduce" in func.__name__:
-            leaves = torch.utils._pytree.tree_leaves(args)
-            self.dtypes |= {str(t.dtype) for t in leaves if isinstance(t, torch.Tensor)}
-        return func(*args, **(kwargs or {}))
-
-
 def reductions():
     """What gradients are reduced in, for every way."""
     found = {}
@@ -296,7 +244,14 @@ def main(rank, ranks, folder):
     store = f"file://{folder}/rendezvous{ranks}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
     if ranks == 4:
-        found = {"losses": same_loss(FOUR, "mixed_bfloat16"), "saved": save(folder)}
+        found = {
+            "losses": same_loss(FOUR, "mixed_bfloat16"),
+            "saved": save(folder),
+            "clipped": clipping.on_four(),
+            "traffic": clipping.traffic(),
+            "memory saved": memory.save(folder),
+            "memory losses": memory.losses(MEMORY_FOUR),
+        }
     else:
         found = {
             "losses": same_loss(TWO, "mixed_bfloat16"),
@@ -310,6 +265,13 @@ def main(rank, ranks, folder):
             "hooks": hooks_of_others(),
             "reductions": reductions(),
             "loaded": load(folder),
+            "clipped": clipping.on_two(),
+            "traffic": clipping.traffic(),
+            "memory loaded": memory.load(folder),
+            "memory losses": memory.losses(MEMORY),
+            "memory overflow": memory.overflows(),
+            "memory reductions": memory.reductions(),
+            "memory refused": memory.refused(),
         }
     torch.save(found, folder / f"found-{ranks}-{rank}.pt")
     dist.destroy_process_group()

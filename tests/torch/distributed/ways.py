@@ -6,16 +6,18 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from halfstep.torch import apply_policy
-from halfstep.torch.distributed import fsdp_policy
+from halfstep.torch.distributed import float32_allreduce_hook, fsdp_policy
 
 WIDTH = 16
 OVERRIDES = {"head": "float32"}
@@ -52,6 +54,8 @@ def build(seed=0, **options):
 def shard(model, mesh=None, **options):
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **options)
+    # by itself: FSDP2 takes weights of one dtype only, and an override leaves the head in float32
+    fully_shard(model.head, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
 
@@ -81,7 +85,7 @@ def fsdp_torch_mp(policy):
 
 def fsdp_our_mp(policy, **options):
     model = apply_policy(build(), policy, OVERRIDES)
-    for block in model.blocks:
+    for block in (*model.blocks, model.head):
         fully_shard(block, mp_policy=fsdp_policy(block, **options))
     return fully_shard(model, mp_policy=fsdp_policy(model, **options))
 
@@ -106,9 +110,30 @@ def tensor_first(policy):
     return apply_policy(parallel(build(), mesh), policy, OVERRIDES)
 
 
+def sequence_parallel(policy):
+    """The norms see a part of each sequence: their gradients are sums that are not made yet."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = apply_policy(build(), policy, OVERRIDES)
+    plan = {
+        "norm": SequenceParallel(sequence_dim=0),
+        "up": ColwiseParallel(input_layouts=Shard(0)),
+        "down": RowwiseParallel(output_layouts=Shard(0)),
+    }
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    head = ColwiseParallel(input_layouts=Shard(0), output_layouts=Replicate())
+    return parallelize_module(model, mesh, {"head": head})
+
+
 def two_dimensions(policy):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = apply_policy(parallel(build(), mesh["tensor"]), policy, OVERRIDES)
+    return shard(model, mesh["data"])
+
+
+def two_dimensions_last(policy):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = parallel(apply_policy(build(), policy, OVERRIDES), mesh["tensor"])
     return shard(model, mesh["data"])
 
 
@@ -122,7 +147,17 @@ TWO = {
     "tensor parallel, policy first": tensor_last,
     "tensor parallel, policy last": tensor_first,
 }
+MEMORY = {
+    "ddp": ddp,
+    "ddp, float32 hook": lambda policy: ddp(policy, float32_allreduce_hook),
+    "fsdp2, policy last": fsdp_first,
+    "fsdp2, policy first": fsdp_last,
+    "fsdp2, fsdp_policy": fsdp_our_mp,
+    "tensor parallel, policy first": tensor_last,
+    "tensor parallel, policy last": tensor_first,
+}
 FOUR = {"ddp": ddp, "fsdp2, policy first": fsdp_last, "fsdp2 x tensor parallel": two_dimensions}
+MEMORY_FOUR = FOUR | {"fsdp2 x tensor parallel, policy first": two_dimensions_last}
 SIXTEEN = {
     "ddp, float16 hook": lambda policy: ddp(policy, default_hooks.fp16_compress_hook),
     "fsdp2, reduce_dtype": lambda policy: fsdp_our_mp(policy, reduce_dtype="bfloat16"),

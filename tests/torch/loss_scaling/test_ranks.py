@@ -57,31 +57,30 @@ def test_an_optimizer_with_a_group_says_that_it_cannot_be_copied(alone):
         copy.deepcopy(optimizer)
 
 
-def test_sharded_gradients_need_a_group_and_are_unscaled_with_one(alone):
+@pytest.mark.parametrize("told", [False, True])
+def test_sharded_gradients_are_unscaled_and_clipped(alone, told):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (1,))
-    weight = torch.nn.Parameter(distribute_tensor(torch.tensor([1.0, 2.0]), mesh, [Shard(0)]))
-    lonely = LossScaleOptimizer(torch.optim.AdamW([weight], lr=0.1), 64)
-    lonely.backward((weight * weight).sum().full_tensor())
-    with pytest.raises(LossScaleError, match="pass process_group="):
-        lonely.step()
-    clipping = LossScaleOptimizer(
-        torch.optim.AdamW([weight]), 64, max_norm=1.0, process_group=alone
+    weight = torch.nn.Parameter(distribute_tensor(torch.tensor([3.0, 4.0]), mesh, [Shard(0)]))
+    twin = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    bare = torch.optim.SGD([twin], lr=0.1, momentum=0.9)
+    optimizer = LossScaleOptimizer(
+        torch.optim.SGD([weight], lr=0.1, momentum=0.9),
+        64,
+        max_norm=1.0,
+        process_group=alone if told else None,
     )
-    clipping.backward((weight * weight).sum().full_tensor())
-    with pytest.raises(LossScaleError, match="by the norm of its own shards"):
-        clipping.step()
-    weight.grad = None
-    twin = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    bare = torch.optim.AdamW([twin], lr=0.1)
-    optimizer = LossScaleOptimizer(torch.optim.AdamW([weight], lr=0.1), 64, process_group=alone)
     optimizer.backward((weight * weight).sum().full_tensor())
     optimizer.step()
+    assert float(optimizer.last_grad_norm) == pytest.approx(10.0)
     (twin * twin).sum().backward()
+    torch.nn.utils.clip_grad_norm_([twin], 1.0)
     bare.step()
     torch.testing.assert_close(weight.full_tensor().detach(), twin.detach())
+    momentum = optimizer.state[weight]["momentum_buffer"]
+    assert isinstance(momentum, DTensor), "state of a DTensor is placed as it is"
     optimizer.zero_grad()
     optimizer.backward((weight * float("inf")).sum().full_tensor())
     optimizer.step()
