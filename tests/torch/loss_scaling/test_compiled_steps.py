@@ -65,9 +65,8 @@ def test_forward_and_step_compile_whole(policy, kind, max_norm):
 def test_a_whole_step_is_captured_in_a_cuda_graph(policy):
     model, optimizer = _start(policy, "AdamW", 1.0)
     model.cuda()
-    optimizer = LossScaleOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=0.05, capturable=True), max_norm=1.0
-    )
+    inner = torch.optim.AdamW(model.parameters(), lr=0.05, capturable=True)
+    optimizer = LossScaleOptimizer(inner, optimizer.loss_scale, max_norm=1.0)
     inputs = torch.ones(3, 4, device="cuda")
 
     def whole():
@@ -84,13 +83,19 @@ def test_a_whole_step_is_captured_in_a_cuda_graph(policy):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         whole()
-    before = model[0].weight.detach().clone()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert not torch.equal(before, model[0].weight)
-    inputs.fill_(float("inf"))
-    before = model[0].weight.detach().clone()
-    graph.replay()
-    torch.cuda.synchronize()
-    if policy == "mixed_float16":
-        assert torch.equal(before, model[0].weight)
+    scaled = policy == "mixed_float16"
+    steps = len(optimizer.scale_history), optimizer.state_dict()["loss_scale"]["steps"]
+    for size, skipped in ((1.0, False), (float("inf"), scaled), (1.0, False)):
+        if not scaled and size != 1:
+            continue  # nothing is skipped there: that would be the end of it
+        inputs.fill_(size)
+        before, scale = model[0].weight.detach().clone(), optimizer.current_scale
+        graph.replay()
+        assert torch.equal(before, model[0].weight) is skipped
+        assert model[0].weight.isfinite().all()
+        assert optimizer.last_step_skipped is skipped
+        assert optimizer.current_scale == (scale / 2 if skipped else scale)
+    if scaled:
+        events, taken = optimizer.scale_history, optimizer.state_dict()["loss_scale"]["steps"]
+        assert (len(events), taken) == (steps[0] + 1, steps[1] + 3), "capturing is no step"
+        assert events[-1] == (steps[1] + 2, optimizer.current_scale, True)
