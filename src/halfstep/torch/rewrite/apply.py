@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ...core.paint import Painting
 from .build import Program, arguments, elements, is_float32, name_of
@@ -204,7 +205,7 @@ def _describe(
     The fake kernels of some operations describe statistics in 16 bits that the real ones make in
     float32.
     """
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: _described(each, mode))
     with mode if mode is not None else torch.no_grad():
         made = node.target(*args, **kwargs)  # type: ignore[operator]
         if float32_results and isinstance(made, (list, tuple)):
@@ -217,6 +218,13 @@ def _describe(
         from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
         node.meta["tensor_meta"] = _extract_tensor_metadata(made)
+
+
+def _described(node: fx.Node, mode: AbstractContextManager[Any] | None) -> Any:
+    """What a node makes, without its numbers: a graph holds small constants as they are."""
+    made = node.meta["val"]
+    held = isinstance(made, Tensor) and not isinstance(made, FakeTensor)
+    return mode.from_tensor(made) if held and isinstance(mode, FakeTensorMode) else made
 
 
 def _is_floating(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ from ...core.loss_scale import LossScale
 from ...core.paint import ON_NO_LIST, Kind, OperationLists
 from ...core.policy import Policy, PolicyMap, as_policy_map
 from ...errors import PolicyError, PolicyWarning, nearest
+from ..layer import is_policied
 from ..loss_scaling import LossScaleOptimizer
 from .operations import OPERATIONS
 from .painting import Painter
@@ -37,6 +38,7 @@ class Settings:
         dtype: the 16-bit dtype.
         lists: the kind of every operation.
         backend: the name of what compiles the painted graphs.
+        fullgraph, dynamic: as for ``torch.compile``.
     """
 
     model: Callable[..., Any]
@@ -44,6 +46,8 @@ class Settings:
     dtype: str
     lists: OperationLists
     backend: str
+    fullgraph: bool = False
+    dynamic: bool | None = None
 
     @property
     def where(self) -> str:
@@ -117,15 +121,23 @@ def autocast(
     (torch.float32, torch.float32)
     """
     settings = make_settings(model, policy, allow, deny, level, backend)
+    made: Model = _compiled(replace(settings, fullgraph=fullgraph, dynamic=dynamic))
+    return made
+
+
+def _compiled(settings: Settings) -> Any:
     painter = settings.painter()
     from .backend import COMPILERS  # Dynamo takes two seconds to import
 
     compiled: Any = torch.compile(
-        model, backend=COMPILERS[backend](painter), fullgraph=fullgraph, dynamic=dynamic
+        settings.model,
+        backend=COMPILERS[settings.backend](painter),
+        fullgraph=settings.fullgraph,
+        dynamic=settings.dynamic,
     )
-    checked: Any = _checked(compiled, settings, painter)
+    checked = _checked(compiled, settings, painter)
     _settings_of[checked] = settings
-    return checked  # type: ignore[no-any-return]
+    return checked
 
 
 def settings_of(model: Callable[..., Any]) -> Settings | None:
@@ -245,13 +257,11 @@ def _names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
 
 def _checked(compiled: Any, settings: Settings, painter: Painter) -> Any:
     """Look at what came of the first call, once it is over."""
+    from .rewritten import REASON, become_rewritten
+
     if isinstance(compiled, nn.Module):
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            handle.remove()
-            check(settings, painter)
-
-        handle = compiled.register_forward_hook(after)
+        after = functools.partial(check, settings, painter)
+        become_rewritten(compiled, after, _compiled, settings)
         return compiled
 
     pending = [True]
@@ -264,7 +274,8 @@ def _checked(compiled: Any, settings: Settings, painter: Painter) -> Any:
             check(settings, painter)
         return result
 
-    return first_checked
+    kept: Any = torch.compiler.disable(first_checked, recursive=False, reason=REASON)  # type: ignore[no-untyped-call]
+    return kept
 
 
 def check(settings: Settings, painter: Painter, warn: bool = True) -> None:
@@ -283,6 +294,7 @@ def check(settings: Settings, painter: Painter, warn: bool = True) -> None:
         raise PolicyError(
             f"{settings.where}: nothing runs in {painter.dtype}: {why}."
             + (f" Not captured: {', '.join(missed)}." if missed else "")
+            + _cast_already(settings)
         )
     if missed and warn:
         recurrent = isinstance(settings.model, nn.Module) and any(
@@ -295,6 +307,15 @@ def check(settings: Settings, painter: Painter, warn: bool = True) -> None:
             PolicyWarning,
             stacklevel=2,
         )
+
+
+def _cast_already(settings: Settings) -> str:
+    """Who else casts, as far as can be seen; an empty string for nobody."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return " torch.autocast is on around it, and casts by itself: call it outside of that."
+    if isinstance(settings.model, nn.Module) and any(map(is_policied, settings.model.modules())):
+        return " halfstep.torch.apply_policy has given it a policy already: use one of the two."
+    return ""
 
 
 def uncaptured(settings: Settings, painter: Painter) -> list[str]:

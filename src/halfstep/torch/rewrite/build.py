@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ...core.paint import Graph, Kind, Node, OperationLists
 from .operations import PORTS, SHAPE_ONLY, SUMS_IF, TAKES_INTEGERS, Ports
@@ -128,7 +129,8 @@ def _numbers(tensor: Any) -> Any:
     real = isinstance(tensor, Tensor) and not hasattr(tensor, "fake_mode")
     if not real or tensor.numel() > _MOST_CHECKED:
         return None
-    return tensor.detach().cpu().numpy().astype(np.float32)
+    with unset_fake_temporarily():  # graphs are compiled where every tensor is a fake one
+        return tensor.detach().cpu().numpy().astype(np.float32)
 
 
 def _add_outputs(program: Program, node: fx.Node) -> None:

@@ -28,7 +28,7 @@ class Paths:
 
     Attributes:
         begins_at: the path of the module whose code the latest graph begins in; ``""`` is the
-            root, None is unknown.
+            root, and what calls it.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -38,7 +38,7 @@ class Paths:
         self._roots: dict[str, str] = {}
         self._captured: set[str] = set()
         self._shared: set[tuple[type, str]] = set()
-        self.begins_at: str | None = ""
+        self.begins_at = ""
 
     def look_at(self, graph: fx.GraphModule, scope: Mapping[str, Any], caller: FrameType) -> None:
         """Learn from one of Dynamo's graphs where it begins and which tensors it takes.
@@ -62,7 +62,7 @@ class Paths:
         names: dict[int, list[str]] = {}
         for path, tensor in _tensors(model):
             names.setdefault(id(tensor), []).append(path)
-        begins = dict(model.named_modules()).get(self.begins_at or "")
+        begins = dict(model.named_modules()).get(self.begins_at)
         for node in graph.graph.find_nodes(op="placeholder"):
             argument = node.meta.get("grapharg")
             example: Any = getattr(argument, "_example", None)
@@ -101,7 +101,7 @@ class Paths:
         found = {name: self.path_of(value) for name, value in scope.items()}
         return {name: path for name, path in found.items() if path is not None}
 
-    def stands_in(self, scope: Mapping[str, Any], caller: FrameType) -> str | None:
+    def stands_in(self, scope: Mapping[str, Any], caller: FrameType) -> str:
         """Return the path of the module whose code has these variables, or whose code called it."""
         path = self.path_of(scope.get("self"))
         if path is not None:
@@ -113,9 +113,9 @@ class Paths:
             if "self" in code.co_varnames or "self" in code.co_freevars:
                 path = self.path_of(_compiled(frame.f_locals.get("self")))
             frame = frame.f_back
-        return path
+        return path or ""
 
-    def of(self, node: fx.Node) -> str | None:
+    def of(self, node: fx.Node) -> str:
         """Return the path of the innermost module that called an operation; ``""`` is the root.
 
         An operation of the backward pass belongs to the module of the forward operation that it

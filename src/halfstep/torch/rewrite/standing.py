@@ -18,7 +18,6 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import Guard
 
 from ...core.policy import Policy, Resolved
-from ...errors import PolicyError
 from .paths import Paths
 
 Below: TypeAlias = tuple[tuple[str, Policy], ...]
@@ -52,20 +51,8 @@ class Apart:
         self._differ = any(rule.key is not None for rule in policies.values())
 
     def guard(self, scope: Mapping[str, Any], caller: FrameType) -> None:
-        """Let Dynamo compile the code anew where the policies are other ones.
-
-        Raises:
-            PolicyError: policies differ, and which of them holds here cannot be known.
-        """
-        if not self._differ:
-            return
-        if self._paths.begins_at is None:
-            raise PolicyError(
-                "autocast: after a graph break Dynamo runs code that no module of the model "
-                "called, so a PolicyMap with overrides cannot hold in it. Remove the break "
-                "(fullgraph=True shows it), or use halfstep.torch.apply_policy."
-            )
-        if not self._alone(scope):
+        """Let Dynamo compile the code anew where the policies are other ones."""
+        if self._differ and not self._alone(scope):
             install_guard(Guard(GlobalStateSource(), self._same(self._standing(scope, caller))))
 
     def _alone(self, scope: Mapping[str, Any]) -> bool:
@@ -97,8 +84,7 @@ class Apart:
     def _standing(self, scope: Mapping[str, Any], caller: FrameType) -> Standing:
         modules = self._paths.modules_in(scope)
         if "self" not in modules:
-            path = self._paths.stands_in(scope, caller)
-            modules = modules | ({} if path is None else {"": path})
+            modules[""] = self._paths.stands_in(scope, caller)
         return tuple((name, self._policies_below(path)) for name, path in modules.items())
 
     def _policies_below(self, path: str) -> Below:

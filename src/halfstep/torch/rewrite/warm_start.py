@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ...core import formats, paint
 from .build import captured
@@ -41,7 +42,8 @@ def _of_operations(painter: Painter, graph: fx.GraphModule) -> Iterator[object]:
             yield painter.kept(painter.paths.of(node))
             tensor = captured(node)
             if tensor is not None:  # its numbers may be too large to paint what takes it
-                yield tensor.detach().cpu().view(-1).tolist()
+                with unset_fake_temporarily():
+                    yield tensor.detach().cpu().flatten().tolist()
 
 
 @functools.cache
