@@ -24,7 +24,7 @@ from .history import ScaleEvent
 from .scaled_step import ScaledStep
 from .stages import Stage
 from .undoing import Undo, Where
-from .wide import put_gradient
+from .wide import gradient_dtype, put_gradient
 
 
 class LossScaleOptimizer(EvaluatedStep):
@@ -254,7 +254,7 @@ class LossScaleOptimizer(EvaluatedStep):
 
     @contextmanager
     def _gradients_lent(self, pairs: list[tuple[Tensor | None, Tensor]]) -> Iterator[None]:
-        own = [p for group in self.param_groups for p in group["params"]]
+        own = self._parameters()
         known = {id(parameter) for parameter in own}
         for place, (_, parameter) in enumerate(pairs):
             if id(parameter) not in known:
@@ -262,10 +262,9 @@ class LossScaleOptimizer(EvaluatedStep):
                     f"apply_gradients: the parameter of pair {place}, shape "
                     f"{tuple(parameter.shape)}, is not one of this optimizer's {len(own)}."
                 )
-        before = [(parameter.grad, parameter.grad_dtype) for parameter in own]
+        before = [(parameter.grad, gradient_dtype(parameter)) for parameter in own]
         try:
-            for parameter in own:
-                parameter.grad = None
+            self._cleared.clear(set_to_none=True)
             for grad, parameter in pairs:
                 # a copy: the step clips and unscales in place
                 if grad is not None:
@@ -273,8 +272,8 @@ class LossScaleOptimizer(EvaluatedStep):
                     put_gradient(parameter, grad.detach().to(dtype, copy=True), dtype)
             yield
         finally:
-            for parameter, (grad, dtype) in zip(own, before, strict=True):
-                put_gradient(parameter, grad, dtype)
+            for parameter, (grad, kept) in zip(own, before, strict=True):
+                put_gradient(parameter, grad, kept)
             self._now.found = None
             self._now.stage = Stage.IDLE
             self._leftovers.forget()  # what was lent is gone

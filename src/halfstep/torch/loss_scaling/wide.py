@@ -223,8 +223,16 @@ class WideSide:
         self._widened = [low for low in self._widened if low.grad is not None]
 
 
+def gradient_dtype(parameter: Tensor) -> torch.dtype | None:
+    """Return ``.grad_dtype``, which Dynamo does not trace: in a graph it stays what it is."""
+    return None if torch.compiler.is_compiling() else parameter.grad_dtype
+
+
 def put_gradient(parameter: Tensor, grad: Tensor | None, dtype: torch.dtype | None) -> None:
     """Set ``.grad``, which may have another dtype than the parameter, and ``.grad_dtype``."""
+    if torch.compiler.is_compiling():
+        parameter.grad = grad
+        return
     parameter.grad = None
     if parameter.grad_dtype is not dtype:
         parameter.grad_dtype = dtype
