@@ -252,7 +252,8 @@ def _suits(module: nn.Module, plan: LayerPlan, x: Any) -> bool:
 def _apply(base: type) -> Forward:
     def apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forget_entry(self)  # .to(), .cuda(), .half(): weights move or change
-        result = base._apply(self, *args, **kwargs)  # type: ignore[attr-defined]
+        with masters.let_go(self):
+            result = base._apply(self, *args, **kwargs)  # type: ignore[attr-defined]
         register_parameters(self)
         return result
 

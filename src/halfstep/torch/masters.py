@@ -14,7 +14,8 @@ compensation is Kahan's sum as Zamirai et al. 2020, arXiv:2010.06192, use it for
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.policy_names import Update
 from .casting import LOW
-from .registry import policy_of_parameter
+from .registry import forget as forget_policy
+from .registry import policy_of_parameter, register
 from .shards import cut_like, local, locals_of
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -98,6 +100,28 @@ def follow(module: nn.Module) -> None:
         elif type(own) not in _PLAIN and own not in _kept:
             _pass_on(own, whole)
             wholes[name] = _kept.get(own, whole)  # it may be cut once more
+
+
+@contextmanager
+def let_go(module: nn.Module) -> Iterator[None]:
+    """Hold none of a module's own DTensors inside a ``with`` block, even weakly.
+
+    ``nn.Module.to`` lets a DTensor trade places with another, which a weak reference forbids.
+    """
+    own = {n: p for n, p in module._parameters.items() if p is not None and type(p) not in _PLAIN}
+    kept = {name: _kept.pop(parameter) for name, parameter in own.items() if parameter in _kept}
+    policies = {name: policy_of_parameter(parameter) for name, parameter in own.items()}
+    for parameter in own.values():
+        forget_policy(parameter)
+    try:
+        yield
+    finally:
+        for name, policy in policies.items():
+            there = module._parameters[name]
+            if there is not None and policy is not None:
+                register(there, policy)
+                if name in kept:
+                    _kept[there] = kept[name]
 
 
 def version_of(parameter: Tensor) -> int:

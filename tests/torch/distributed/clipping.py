@@ -19,10 +19,12 @@ from ways import (
 )
 
 from halfstep.errors import LossScaleError
-from halfstep.torch import apply_policy
+from halfstep.torch import GradScaler, apply_policy
 from halfstep.torch.loss_scaling import host
+from halfstep.torch.shards import is_dtensor, local
 
 MAX_NORM = 0.5
+INF = float("inf")
 
 
 def as_torch_does(model, scale):
@@ -61,7 +63,26 @@ def clipped(ways):
 
 
 def on_two():
-    return clipped(TWO | {"sequence parallel": sequence_parallel}) | {"idle": rank_without_any()}
+    found = clipped(TWO | {"sequence parallel": sequence_parallel})
+    return found | {"idle": rank_without_any(), "scaler": grad_scaler()}
+
+
+def grad_scaler():
+    """The drop-in scaler: rank 1 alone meets an infinity in its shards."""
+    found = {}
+    for name, make in {"fsdp2": fsdp_last, "tensor parallel": tensor_last}.items():
+        model, scaler = make("mixed_float16"), GradScaler("cpu")
+        optimizer = torch.optim.AdamW(model.parameters())
+        loss = model(mine(batches()[0], name)).square().mean()
+        scaler.scale(loss).backward()
+        if dist.get_rank() == 1:
+            local(next(p for p in model.parameters() if is_dtensor(p)).grad).fill_(INF)
+        before = [whole(p.detach()).clone() for p in model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        after = [whole(p.detach()) for p in model.parameters()]
+        found[name] = (scaler.get_scale(), all(map(torch.equal, before, after)))
+    return found
 
 
 def rank_without_any():
@@ -106,7 +127,7 @@ def pairs():
     told.step()
     norm = float(told.last_grad_norm)
     told.zero_grad()
-    bad = float("inf") if dist.get_rank() == 3 else 1.0
+    bad = INF if dist.get_rank() == 3 else 1.0
     told.backward(model(batches()[0]).square().mean() * bad)
     told.step()
     return {"refused": refused, "norm": norm, "skipped": told.last_step_skipped}

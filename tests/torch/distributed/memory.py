@@ -150,6 +150,26 @@ def load(folder):
 # ------------------------------------------------------------------ what cannot be
 
 
+def deferred():
+    """Built on the meta device, sharded, and only then given memory, in either order."""
+    found = {}
+    for name, first in (("policy first", True), ("policy last", False)):
+        with torch.device("meta"):
+            model = build()
+        model = apply_policy(model, "master_float16") if first else model
+        shard(model)
+        model = model if first else apply_policy(model, "master_float16")
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, 0.1)
+        optimizer = optimizer_of(model)
+        train(model, optimizer, [mine(x, "") for x in batches()])
+        model.to("cpu")
+        exact = rests(model)[1]
+        found[name] = (optimizer.current_scale, float(exact.mean()), exact.dtype is torch.float32)
+    return found
+
+
 def refused():
     """Another dtype after FSDP2 took note of them; a bare optimizer; and what is possible."""
     found = {}

@@ -272,6 +272,7 @@ def main(rank, ranks, folder):
             "memory overflow": memory.overflows(),
             "memory reductions": memory.reductions(),
             "memory refused": memory.refused(),
+            "deferred": memory.deferred(),
         }
     torch.save(found, folder / f"found-{ranks}-{rank}.pt")
     dist.destroy_process_group()

@@ -50,6 +50,12 @@ def test_a_rank_without_gradients_takes_part(two):
         assert [moved for _, _, moved in norms] == [True, False]
 
 
+@pytest.mark.parametrize("way", ["fsdp2", "tensor parallel"])
+def test_the_grad_scaler_skips_on_all_ranks_too(two, way):
+    for rank in two:
+        assert rank["clipped"]["scaler"][way] == (2.0**15, True)
+
+
 def test_a_mesh_of_some_ranks_needs_to_be_told_who_agrees(four):
     one = four[0]["clipped"]["mixed_float16", "one process"]["norm"]
     for rank in four:

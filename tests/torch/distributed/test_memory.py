@@ -75,6 +75,16 @@ def test_16_bit_gradients_are_summed_in_float32_where_asked(two):
     }
 
 
+def test_a_model_may_get_its_memory_after_it_was_sharded(two):
+    for rank in two:
+        found = rank["deferred"]
+        assert found["policy first"] == found["policy last"]
+        scale, weight, wide = found["policy first"]
+        assert scale > 1, "the loss scale that the policy wants"
+        assert wide
+        assert 0.06 < weight < 0.14, "at most three steps of 0.01 from 0.1"
+
+
 def test_what_cannot_be_is_said(two):
     found = two[0]["memory refused"]
     assert "Step with halfstep.torch.LossScaleOptimizer(AdamW(...))" in found["bare"]

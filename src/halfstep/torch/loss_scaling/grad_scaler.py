@@ -24,6 +24,7 @@ from .guards import is_watched, refuse_foreign, refuse_more
 from .history import History, ScaleEvent, exhausted_message
 from .optimizer import LossScaleOptimizer
 from .outputs import over_tensors, scaled
+from .spread import Agreement, agree
 from .state import ScaleState
 from .stepping import Skip, take_step
 
@@ -158,8 +159,8 @@ class GradScaler(torch.amp.GradScaler):
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("unscale_() is being called after step().")
         grads = self._gather(optimizer)
-        if grads:
-            verdict = judge(grads, packed[0], None, packed.device)
+        verdict = self._judge(optimizer, grads, packed)
+        if verdict is not None:
             divide_(grads, verdict.divisor)
             state["found_inf_per_device"] = {packed.device: verdict.found}
         state["stage"] = OptState.UNSCALED
@@ -209,7 +210,7 @@ class GradScaler(torch.amp.GradScaler):
         if state["stage"] is OptState.READY and is_watched(optimizer):
             self.unscale_(optimizer)
         grads = self._gather(optimizer)
-        verdict = self._verdict(grads, state, packed)
+        verdict = self._verdict(optimizer, grads, state, packed)
         result = None
         if verdict is not None:
             skip = Skip(verdict.found)
@@ -222,13 +223,26 @@ class GradScaler(torch.amp.GradScaler):
             self._optimizers[id(optimizer)] = weakref.ref(optimizer)
         return result
 
-    def _verdict(self, grads: Gradients, state: dict[str, Any], packed: Tensor) -> Verdict | None:
-        """None without gradients: then there is nothing to decide, and nothing to do."""
+    def _verdict(
+        self, optimizer: Optimizer, grads: Gradients, state: dict[str, Any], packed: Tensor
+    ) -> Verdict | None:
         if state["stage"] is OptState.READY:
-            return judge(grads, packed[0], None, packed.device) if grads else None
+            return self._judge(optimizer, grads, packed)
         for found in state["found_inf_per_device"].values():
             return Verdict(found, None, None)
         return None
+
+    def _judge(self, optimizer: Optimizer, grads: Gradients, packed: Tensor) -> Verdict | None:
+        """Judge the gradients, of DTensors with all ranks that hold a part.
+
+        None without gradients: then there is nothing to decide, and nothing to do.
+        """
+        ranks = Agreement(optimizer, None).ranks(skips=False)
+        verdict = judge(grads, packed[0], None, packed.device) if grads or ranks else None
+        if verdict is not None and ranks:
+            found, _ = agree(ranks, verdict.found, bool(grads))
+            verdict = replace(verdict, found=found)
+        return verdict
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Make the next scale from what the optimizers of this iteration met.
@@ -460,7 +474,8 @@ class GradScaler(torch.amp.GradScaler):
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[str, Any]:
         packed = self._started("_check_inf_per_device")
-        found = judge(self._gather(optimizer), packed[0], None, packed.device).found
+        verdict = self._judge(optimizer, self._gather(optimizer), packed)
+        found = torch.zeros_like(packed[0]) if verdict is None else verdict.found
         flags: dict[Any, Any] = {packed.device: found}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = flags
         return flags
