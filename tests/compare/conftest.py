@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from halfstep.compare.recipe import load_recipe
+from halfstep.compare.loading import load_recipe
 from halfstep.core.record import Record
 
 TINY = """

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from halfstep import LossScaleExhausted, RecipeError
-from halfstep.compare.engine import DIVERGED_AFTER, Plan, Race, StepResult, plan_for
+from halfstep.compare.engine import DIVERGED_AFTER, Plan, Race, plan_for
+from halfstep.compare.trainee import StepResult
 
 
 @dataclass

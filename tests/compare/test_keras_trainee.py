@@ -13,7 +13,7 @@ keras = pytest.importorskip("keras")
 from halfstep import LossScaleExhausted, Policy, PolicyError, PolicyMap, RecipeError  # noqa: E402
 from halfstep.compare import Settings, compare, load_recipe, write_template  # noqa: E402
 from halfstep.compare import keras_trainee as trainees  # noqa: E402
-from halfstep.compare.engine import Plan  # noqa: E402
+from halfstep.compare.engine import Plan, first_batch  # noqa: E402
 from halfstep.core.record import read_record  # noqa: E402
 
 # keras.Variable.numpy() under NumPy 2
@@ -109,7 +109,7 @@ class TestTraining:
     def test_a_skipped_step_is_told_and_changes_nothing(self, tiny):
         recipe = tiny()
         trainee = start(recipe, "mixed_float16")
-        x, y = trainees.first_batch(recipe, 0)
+        x, y = first_batch(recipe, 0)
         before = trainee.model.get_weights()
         result = trainee.step((x * np.inf, y), 1)
         assert (result.skipped, result.scale) == (True, 2.0**14)

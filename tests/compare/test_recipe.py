@@ -153,7 +153,7 @@ def test_the_template_comments_every_function(tmp_path):
 
 def test_listing_recipes_imports_no_framework():
     code = (
-        "import sys, halfstep.cli.compare, halfstep.compare.frameworks, halfstep.recipes; "
-        "sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"
+        "import sys, halfstep.cli.compare, halfstep.compare.trainers, halfstep.recipes; "
+        "sys.exit(bool({'torch', 'jax', 'keras', 'tensorflow'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

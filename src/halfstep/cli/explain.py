@@ -29,14 +29,14 @@ operation by operation, a recipe of torch or Keras layer by layer. It fails when
 def explain(recipe: str, policy: str, seed: int) -> None:
     """Load the recipe, ask what trains it, and print."""
     from ..compare import load_recipe, parse_policies
-    from ..compare.frameworks import framework_of
     from ..compare.run import set_up
+    from ..compare.trainers import trainer_of
 
     chosen = parse_policies(policy, option="--policy")
     if len(chosen) != 1:
         raise PolicyError(f"--policy {policy}: one policy at a time.")
     loaded = load_recipe(recipe)
-    trainer = framework_of(loaded).trainer()
+    trainer = trainer_of(loaded)
     set_up(loaded, seed, trainer.pick_device())
     (only,) = chosen.values()
     with quiet_checks():

@@ -50,7 +50,7 @@ def set_up(recipe: Recipe, seed: int, device: str | None) -> str:
     Raises:
         RecipeError: a device that is not there, or what ``setup`` raises.
     """
-    from ..compare.torch_trainee import pick_device
+    from ..compare.torch_device import pick_device
 
     chosen = pick_device(device)
     try:

@@ -92,7 +92,7 @@ def tune(
         raise click.UsageError(f"--keep {keep}: that is what the layers are to be kept from.")
     loaded = torch_recipe(recipe)
     chosen = set_up(loaded, seed, device)
-    from ..compare.torch_trainee import threads as with_threads
+    from ..compare.torch_device import threads as with_threads
     from ..torch import tune as find
 
     with quiet_checks(), with_threads(threads):

@@ -10,10 +10,10 @@ record (:mod:`halfstep.core.record`), of which the summary is a pure function; t
 (:mod:`halfstep.report`) is one of the summary.
 """
 
+from .loading import load_recipe as load_recipe
+from .loading import write_template as write_template
 from .policies import parse_policies as parse_policies
 from .recipe import Recipe as Recipe
-from .recipe import load_recipe as load_recipe
-from .recipe import write_template as write_template
 from .results import Summary as Summary
 from .run import Settings as Settings
 from .run import compare as compare

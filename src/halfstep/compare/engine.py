@@ -11,7 +11,8 @@ that is rotated each time::
 So what slows the machine down for a second slows all of them, and the ratio of two policies, taken
 step by step, holds where two runs after each other would differ by what else the machine did.
 
-The engine knows no framework: a :class:`Trainee` is one model under one policy.
+The engine knows no framework: a :class:`~halfstep.compare.trainee.Trainee` is one model under one
+policy.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any
 
 from ..core.record import Event
 from ..errors import LossScaleExhausted, RecipeError
 from .recipe import Recipe
+from .trainee import StepResult, Trainee
 
 DIVERGED_AFTER = 5
 """So many steps in a row with a loss that is not finite, and a policy counts as diverged.
@@ -31,39 +34,6 @@ DIVERGED_AFTER = 5
 A loss scale that is too large leaves the loss alone, it makes *gradients* overflow; a forward pass
 that overflows on several batches in a row will not stop doing so.
 """
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one training step of one policy was like.
-
-    Attributes:
-        seconds: wall time, with the device synchronised before and after.
-        loss: the unscaled training loss before the update.
-        skipped: whether the update was left out because gradients were not finite.
-        scale: the loss scale after the step, None where there is no loss scaling.
-    """
-
-    seconds: float
-    loss: float
-    skipped: bool = False
-    scale: float | None = None
-
-
-class Trainee(Protocol):
-    """One model that is trained under one policy.
-
-    Attributes:
-        notes: what there is to say about this policy on this model, one string each.
-    """
-
-    notes: list[str]
-
-    def step(self, batch: Any, seed: int) -> StepResult:
-        """Train on one batch, with every random number drawn from ``seed``."""
-
-    def evaluate(self) -> Mapping[str, float]:
-        """Return the metrics."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +86,19 @@ def plan_for(
     if steps is None and epochs is None:
         steps, epochs = recipe.constant("STEPS"), recipe.constant("EPOCHS")
     return Plan(steps, epochs if steps or epochs else 1, seed)
+
+
+def first_batch(recipe: Recipe, seed: int) -> Any:
+    """Return the first batch of the first epoch."""
+    _, batch = next(Plan(steps=1, seed=seed).batches(recipe))
+    return batch
+
+
+def train(trainee: Trainee, recipe: Recipe, seed: int, steps: int) -> None:
+    """Train one model alone for a few steps."""
+    plan = Plan(steps=steps, seed=seed)
+    for step, (_, batch) in enumerate(islice(plan.batches(recipe), steps)):
+        trainee.step(batch, plan.step_seed(step))
 
 
 def _epoch(recipe: Recipe, epoch: int, seed: int) -> Iterator[Any]:

@@ -1,26 +1,16 @@
-"""What a recipe of each framework holds, and what trains it: one entry a framework.
-
-Nothing here imports a framework. A trainer is a module, ``torch_trainee`` or ``jax_trainee``, that
-is imported when its first recipe is to be run.
-"""
+"""What a recipe of each framework holds: one entry a framework, and nothing here imports one."""
 
 from __future__ import annotations
 
+import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-from ..core.policy import Policy, PolicyMap
 from ..errors import RecipeError, nearest
 from . import keras_data
-
-if TYPE_CHECKING:
-    from .engine import Trainee
-    from .recipe import Recipe
-
-Policies = Mapping[str, Policy | PolicyMap]
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -43,40 +33,18 @@ class Function:
         return range(len(self.arguments), len(self.arguments) + len(self.more) + 1)
 
 
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many positional arguments."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return True
+    return True
+
+
 Functions = Mapping[str, Function]
-
-
-class Starter(Protocol):
-    """What makes the trainees of one recipe, and measures what they need."""
-
-    def __call__(self, policy: Policy | PolicyMap) -> Trainee:
-        """Return a new model under a policy, with the weights that all start from."""
-
-    def measure_memory(self, policies: Policies, steps: int) -> Iterator[dict[str, Any]]:
-        """Yield measurements: see :func:`halfstep.compare.memory.measure`."""
-
-
-class Trainer(Protocol):
-    """What trains the recipes of one framework: the functions of its module."""
-
-    def pick_device(self, name: str | None = None) -> str:
-        """Return the device to train on: the one given, else the fastest there is."""
-
-    def describe(self, device: str) -> dict[str, Any]:
-        """Return plain values: ``versions``, the ``device_name``, the CPU's ``threads``."""
-
-    def threads(self, count: int | None) -> AbstractContextManager[None]:
-        """Compute on the CPU with so many threads meanwhile; None leaves them as they are."""
-
-    def starter(self, recipe: Recipe, device: str, seed: int) -> Starter:
-        """Return what makes the trainees of a recipe; all start from the same weights."""
-
-    def explain(self, recipe: Recipe, policy: Policy | PolicyMap, seed: int) -> object:
-        """Return what prints as a table of what the policy does to the recipe's model, and why.
-
-        Raises:
-            PolicyError: the policy puts nothing in 16 bits.
-        """
 
 
 @dataclass(frozen=True)
@@ -85,13 +53,11 @@ class Framework:
 
     Attributes:
         functions: from a recipe's module to the functions that it must have.
-        trainer: imports what trains such recipes.
         optional: the functions that it may have.
         defaults: what stands for a function that a recipe leaves out; called with the recipe first.
     """
 
     functions: Callable[[types.ModuleType], Functions]
-    trainer: Callable[[], Trainer]
     optional: Functions = field(default_factory=dict)
     defaults: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
@@ -149,43 +115,22 @@ def _keras_functions(module: types.ModuleType) -> Functions:
 STATE = "init_state"
 """The function of a JAX recipe whose model has state that is not trained."""
 
-
-def _torch() -> Trainer:
-    from . import torch_trainee
-
-    return torch_trainee
-
-
-def _jax() -> Trainer:
-    from . import jax_trainee
-
-    return jax_trainee
-
-
-def _keras() -> Trainer:
-    from . import keras_trainee
-
-    return keras_trainee
-
-
 FRAMEWORKS: dict[str, Framework] = {
-    "torch": Framework(lambda _: _TORCH, _torch),
+    "torch": Framework(lambda _: _TORCH),
     "jax": Framework(
         lambda module: _JAX_WITH_STATE if hasattr(module, STATE) else _JAX,
-        _jax,
         {STATE: Function(("key",), "the model's state that is not trained, a pytree of arrays")},
     ),
     "keras": Framework(
         _keras_functions,
-        _keras,
         defaults={"batches": keras_data.batches, "evaluate": keras_data.evaluate},
     ),
 }
-"""What trains a recipe, by the recipe's FRAMEWORK."""
+"""What a recipe holds, by its FRAMEWORK."""
 
 
-def framework_of(recipe: Recipe) -> Framework:
-    """Return the entry for a recipe's framework.
+def framework_of(recipe: Recipe) -> str:
+    """Return the name of a recipe's framework.
 
     Raises:
         RecipeError: nothing trains such recipes.
@@ -196,4 +141,4 @@ def framework_of(recipe: Recipe) -> Framework:
             f"{recipe.file}: FRAMEWORK = {name!r}: nothing trains such recipes. Allowed are "
             f"{', '.join(map(repr, FRAMEWORKS))}.{nearest(name, FRAMEWORKS)}"
         )
-    return FRAMEWORKS[name]
+    return name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,22 +15,22 @@ import jax.numpy as jnp
 from ..core.loss_scale import NoLossScale
 from ..core.policy import Policy, PolicyMap
 from ..errors import HalfstepError, PolicyError, RecipeError
-from .engine import Plan, StepResult
-from .frameworks import STATE, Policies
+from .engine import first_batch
+from .frameworks import STATE, takes
 from .jax_device import describe as describe
 from .jax_device import device_named
 from .jax_device import pick_device as pick_device
 from .jax_device import threads as threads
+from .jax_memory import METHOD, planned
 from .policies import is_plain_float32
-from .recipe import Recipe, takes
+from .recipe import Recipe
+from .trainee import Policies, StepResult
 
 if TYPE_CHECKING:
     from halfstep.jax import Explanation
 
 # JAX leaves this function without types
 wait: Callable[[Any], Any] = jax.block_until_ready
-
-METHOD = "XLA's plan of the compiled step: arguments, results, temporaries"
 
 
 class Training(NamedTuple):
@@ -265,17 +265,11 @@ def _made(recipe: Recipe, function: str, key: Any) -> Any:
         ) from error
 
 
-def first_batch(recipe: Recipe, seed: int) -> Any:
-    """Return the first batch of the first epoch."""
-    _, batch = next(Plan(steps=1, seed=seed).batches(recipe))
-    return batch
-
-
 class Starter:
     """What makes the trainees of a JAX recipe; it compiles each policy's step once for all."""
 
     def __init__(self, recipe: Recipe, device: str, seed: int) -> None:
-        self._recipe, self._device, self._seed = recipe, device, seed
+        self.recipe, self.device, self.seed = recipe, device, seed
         self._params, self._state = initial(recipe, seed)
         self._compiled: dict[Policy | PolicyMap, dict[Any, Any]] = {}
 
@@ -283,8 +277,12 @@ class Starter:
         """Return a trainee under a policy, with the parameters that all start from."""
         compiled = self._compiled.setdefault(policy, {})
         return JaxTrainee(
-            self._recipe, policy, self._params, self._state, self._device, compiled
+            self.recipe, policy, self._params, self._state, self.device, compiled
         )  # fmt: skip
+
+    def anew(self) -> Starter:
+        """Return another one that makes all again, the parameters that all start from too."""
+        return Starter(self.recipe, self.device, self.seed)
 
     def measure_memory(self, policies: Policies, steps: int) -> Iterator[dict[str, Any]]:
         """Yield what the compiled training step of each policy needs, on any device.
@@ -299,8 +297,8 @@ class Starter:
         for label, policy in policies.items():
             try:
                 trainee = self(policy)
-                batch = first_batch(self._recipe, self._seed)
-                run = trainee.compiled(*trainee.inputs(batch, self._seed))
+                batch = first_batch(self.recipe, self.seed)
+                run = trainee.compiled(*trainee.inputs(batch, self.seed))
             except Exception as error:  # noqa: BLE001 - the run itself will say more about it
                 reason = f"{type(error).__name__}: {error}"
                 yield {"policy": label, "error": reason, "method": METHOD}
@@ -311,17 +309,6 @@ class Starter:
 def starter(recipe: Recipe, device: str, seed: int) -> Starter:
     """Return what makes the trainees of a recipe; all start from the same parameters."""
     return Starter(recipe, device, seed)
-
-
-def planned(plan: Any) -> Mapping[str, Any]:
-    """Return a measurement, without its label, from XLA's plan of a compiled step."""
-    if plan is None:
-        return {"error": "this backend of XLA does not tell its plan", "method": METHOD}
-    count = (
-        plan.argument_size_in_bytes + plan.output_size_in_bytes
-        - plan.alias_size_in_bytes + plan.temp_size_in_bytes
-    )  # fmt: skip
-    return {"bytes": int(count), "method": METHOD}
 
 
 def explain(recipe: Recipe, policy: Policy | PolicyMap, seed: int) -> Explanation:

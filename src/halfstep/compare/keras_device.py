@@ -6,7 +6,6 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -35,11 +34,15 @@ def _of(module: ModuleType) -> Backend:
 
 
 def _torch() -> Backend:
-    return _of(import_module(".torch_trainee", __package__))
+    from . import torch_device
+
+    return _of(torch_device)
 
 
 def _jax() -> Backend:
-    return _of(import_module(".jax_device", __package__))
+    from . import jax_device
+
+    return _of(jax_device)
 
 
 def _tensorflow() -> Backend:

@@ -9,48 +9,37 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
-from . import memory
-from .frameworks import Policies
-from .recipe import Recipe
+from .engine import first_batch, train
+from .resident_memory import measure_in_children
+from .trainee import Policies, Starter
 
-if TYPE_CHECKING:
-    from .keras_trainee import Starter
-
-Measure = Callable[[Recipe, "Starter", Policies, str, int, int], Iterator[dict[str, Any]]]
+Measure = Callable[[Starter, Policies, int], Iterator[dict[str, Any]]]
 
 
-def measure(
-    recipe: Recipe, start: Starter, policies: Policies, device: str, seed: int, steps: int
-) -> Iterator[dict[str, Any]]:
-    """Yield measurements; see :func:`halfstep.compare.memory.measure`."""
-    by_backend = _MEASURES[keras.backend.backend()]
-    yield from by_backend(recipe, start, policies, device, seed, steps)
+def measure(start: Starter, policies: Policies, steps: int) -> Iterator[dict[str, Any]]:
+    """Yield measurements, as a starter's ``measure_memory`` does."""
+    yield from _MEASURES[keras.backend.backend()](start, policies, steps)
 
 
-def _torch(
-    recipe: Recipe, start: Starter, policies: Policies, device: str, seed: int, steps: int
-) -> Iterator[dict[str, Any]]:
-    from .torch_trainee import measure_on_cuda
+def _torch(start: Starter, policies: Policies, steps: int) -> Iterator[dict[str, Any]]:
+    from .torch_memory import measure_on_cuda
 
-    on_cuda = device.startswith("cuda")
-    run = measure_on_cuda if on_cuda else memory.measure_in_children
-    yield from run(recipe, policies, device, seed, steps)
+    on_cuda = start.device.startswith("cuda")
+    run = measure_on_cuda if on_cuda else measure_in_children
+    yield from run(start, policies, steps)
 
 
-def _jax(
-    recipe: Recipe, start: Starter, policies: Policies, device: str, seed: int, steps: int
-) -> Iterator[dict[str, Any]]:
-    from .jax_trainee import METHOD, planned
-    from .keras_trainee import first_batch
+def _jax(start: Starter, policies: Policies, steps: int) -> Iterator[dict[str, Any]]:
+    from .jax_memory import METHOD, planned
 
-    batch = first_batch(recipe, seed)
+    batch = first_batch(start.recipe, start.seed)
     for label, policy in policies.items():
         try:
-            plan = _plan(start(policy), batch, seed)
+            plan = _plan(start(policy), batch, start.seed)
         except Exception as error:  # noqa: BLE001 - the run itself will say more about it
             yield {"policy": label, "error": f"{type(error).__name__}: {error}", "method": METHOD}
             continue
@@ -72,21 +61,20 @@ def _plan(trainee: Any, batch: Any, seed: int) -> Any:
     return step.lower(state, (batch[0], batch[1], weights)).compile().memory_analysis()
 
 
-def _tensorflow(
-    recipe: Recipe, start: Starter, policies: Policies, device: str, seed: int, steps: int
-) -> Iterator[dict[str, Any]]:
-    if device == "cpu":
-        yield from memory.measure_in_children(recipe, policies, device, seed, steps, forks=False)
+def _tensorflow(start: Starter, policies: Policies, steps: int) -> Iterator[dict[str, Any]]:
+    if start.device == "cpu":
+        yield from measure_in_children(start, policies, steps, forks=False)
         return
     import tensorflow as tf
 
-    name, method = f"GPU:{device.partition(':')[2] or 0}", "peak of TensorFlow's GPU allocator"
+    name = f"GPU:{start.device.partition(':')[2] or 0}"
+    method = "peak of TensorFlow's GPU allocator"
     for label, policy in policies.items():
         gc.collect()
         before = tf.config.experimental.get_memory_info(name)["current"]
         tf.config.experimental.reset_memory_stats(name)
         try:
-            memory.train(recipe, policy, device, seed, steps)
+            train(start.anew()(policy), start.recipe, start.seed, steps)
         except Exception as error:  # noqa: BLE001 - the run itself will say more about it
             yield {"policy": label, "error": f"{type(error).__name__}: {error}", "method": method}
             continue

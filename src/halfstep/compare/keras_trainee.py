@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
@@ -13,22 +12,19 @@ from typing import Any
 import keras
 import numpy as np
 
-from ..core.policy import Policy, PolicyMap, as_policy_map
+from ..core.policy import Policy, PolicyMap
 from ..errors import LossScaleWarning, PolicyError, PolicyWarning, RecipeError
-from .engine import Plan, StepResult
-from .frameworks import Policies
+from .engine import first_batch
 from .keras_device import describe as describe
 from .keras_device import device_scope
 from .keras_device import pick_device as pick_device
 from .keras_device import threads as threads
 from .keras_explanation import Explanation
+from .keras_memory import measure
+from .noting import noting
+from .policies import is_low
 from .recipe import Recipe
-
-
-def is_low(policy: Policy | PolicyMap) -> bool:
-    """Whether a policy, or one of a map's, computes in 16 bits."""
-    given = as_policy_map(policy)
-    return any(each.is_low for each in (given.default, *given.overrides.values()))
+from .trainee import Policies, StepResult
 
 
 class KerasTrainee:
@@ -58,7 +54,7 @@ class KerasTrainee:
 
         self._recipe, self._policy, self._device = recipe, policy, device
         self.notes: list[str] = []
-        with self._here(), self._noting():
+        with self._here(), noting(self.notes, PolicyWarning, LossScaleWarning):
             self.model = make_model(recipe, seed)
             build(self.model, recipe, seed)
             if weights is not None:
@@ -79,20 +75,6 @@ class KerasTrainee:
             stack.enter_context(device_scope(self._device))
             stack.enter_context(door.policy_scope(self._policy))
             yield
-
-    @contextmanager
-    def _noting(self) -> Iterator[None]:
-        """Make notes of what halfstep warns of."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-        for warning in caught:
-            if issubclass(warning.category, (PolicyWarning, LossScaleWarning)):
-                self.notes.append(str(warning.message))
-            else:
-                warnings.warn_explicit(
-                    warning.message, warning.category, warning.filename, warning.lineno
-                )
 
     def step(self, batch: Any, seed: int) -> StepResult:
         """Train on one batch and time it: the step that ``fit`` takes, until its loss is here."""
@@ -177,12 +159,6 @@ def build(model: Any, recipe: Recipe, seed: int) -> None:
         model.optimizer.build(model.trainable_variables)
 
 
-def first_batch(recipe: Recipe, seed: int) -> Any:
-    """Return the first batch of the first epoch."""
-    _, batch = next(Plan(steps=1, seed=seed).batches(recipe))
-    return batch
-
-
 def unpacked(recipe: Recipe, batch: Any) -> tuple[Any, Any, Any]:
     """Return the inputs, the targets and the weights of a batch, as ``fit`` takes them.
 
@@ -202,30 +178,32 @@ class Starter:
     """What makes the trainees of a Keras recipe."""
 
     def __init__(self, recipe: Recipe, device: str, seed: int) -> None:
-        self._recipe, self._device, self._seed = recipe, device, seed
+        self.recipe, self.device, self.seed = recipe, device, seed
 
     @cached_property
     def _weights(self) -> list[Any]:
         try:
-            first = KerasTrainee(self._recipe, Policy("float32"), None, self._device, self._seed)
+            first = KerasTrainee(self.recipe, Policy("float32"), None, self.device, self.seed)
         except RecipeError:
             raise
         except Exception as error:  # a user's function may raise anything
             raise RecipeError(
-                f"{self._recipe.where(error)}: make_model(): {type(error).__name__}: {error}"
+                f"{self.recipe.where(error)}: make_model(): {type(error).__name__}: {error}"
             ) from error
         weights: list[Any] = first.model.get_weights()
         return weights
 
     def __call__(self, policy: Policy | PolicyMap) -> KerasTrainee:
         """Return a new model under a policy, with the weights that all start from."""
-        return KerasTrainee(self._recipe, policy, self._weights, self._device, self._seed)
+        return KerasTrainee(self.recipe, policy, self._weights, self.device, self.seed)
+
+    def anew(self) -> Starter:
+        """Return another one that makes all again, the weights that all start from too."""
+        return Starter(self.recipe, self.device, self.seed)
 
     def measure_memory(self, policies: Policies, steps: int) -> Iterator[dict[str, Any]]:
         """Yield what training needs; how that is known depends on the backend and the device."""
-        from .keras_memory import measure
-
-        yield from measure(self._recipe, self, policies, self._device, self._seed, steps)
+        yield from measure(self, policies, steps)
 
 
 def starter(recipe: Recipe, device: str, seed: int) -> Starter:

@@ -24,6 +24,12 @@ def is_plain_float32(policy: Policy | PolicyMap) -> bool:
     return given.default == Policy("float32") and not given.overrides
 
 
+def is_low(policy: Policy | PolicyMap) -> bool:
+    """Whether a policy, or one of a map's, computes in 16 bits."""
+    given = as_policy_map(policy)
+    return any(each.is_low for each in (given.default, *given.overrides.values()))
+
+
 def policy_from_config(config: Mapping[str, Any]) -> Policy | PolicyMap:
     """Return the policy or the policy map that a config describes.
 

@@ -60,22 +60,15 @@ and, optional, in all of them:
 
 from __future__ import annotations
 
-import inspect
-import os
-import sys
 import types
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, nearest
-from ..recipes import BUILT_IN, TEMPLATES
-from .frameworks import Function, framework_of
+from ..errors import RecipeError
 
-_OPTIONAL = {"setup": Function(("seed", "device"), "None, or a note to show with the result")}
-
-_CONSTANTS: dict[str, tuple[type | tuple[type, ...], str]] = {
+CONSTANTS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "TITLE": (str, "a string"),
     "FRAMEWORK": (str, "a string"),
     "BATCH_SIZE": (int, "a whole number above 0"),
@@ -85,6 +78,7 @@ _CONSTANTS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "HIGHER_IS_BETTER": (bool, "True or False"),
     "SAME_WITHIN": ((int, float), "a share, for instance 0.01, not below 0"),
 }
+"""What a recipe may say, each of which kind, in types and in words."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +90,15 @@ class Recipe:
         file: where it lies.
         module: the module that the file became. What ``setup`` changes in it holds afterwards,
             so constants are looked up when they are needed.
+        defaults: what stands for a function that the file leaves out; called with the recipe first.
     """
 
     name: str
     file: Path
     module: types.ModuleType
+    defaults: Mapping[str, Callable[..., Any]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def constant(self, name: str, default: Any = None) -> Any:
         """Return what the file says about ``name`` now.
@@ -111,7 +109,7 @@ class Recipe:
         value = getattr(self.module, name, None)
         if value is None:
             return default
-        kind, allowed = _CONSTANTS[name]
+        kind, allowed = CONSTANTS[name]
         wrong_bool = isinstance(value, bool) and kind is not bool
         if not isinstance(value, kind) or wrong_bool or not _in_range(name, value):
             raise RecipeError(f"{self.file}: {name} = {value!r} must be {allowed}.")
@@ -137,7 +135,7 @@ class Recipe:
         found: Callable[..., Any] | None = getattr(self.module, function, None)
         if found is not None:
             return found(*arguments)
-        default = framework_of(self).defaults.get(function)
+        default = self.defaults.get(function)
         return default(self, *arguments) if default is not None else None
 
     def numbers(self, metrics: Any, argument: str) -> dict[str, float]:
@@ -173,123 +171,3 @@ def _in_range(name: str, value: Any) -> bool:
     if name == "SAME_WITHIN":
         return bool(value >= 0)
     return True
-
-
-def load_recipe(name: str | os.PathLike[str]) -> Recipe:
-    """Load a built-in recipe by its name, or a user's by its file.
-
-    Args:
-        name: for instance ``"digits-conv"`` or ``"my_recipe.py"``.
-
-    Raises:
-        RecipeError: no such recipe, a file that does not run, or one that lacks a function: the
-            message names the function, its arguments, what it must return and the file.
-
-    >>> load_recipe("digits-conf")
-    Traceback (most recent call last):
-    halfstep.errors.RecipeError: 'digits-conf' is neither a built-in recipe (digits-mlp, ...)
-    nor a Python file. Did you mean 'digits-conv'...?
-    """
-    name = os.fspath(name)
-    file = BUILT_IN.get(name) or Path(name)
-    if not file.is_file():
-        raise RecipeError(
-            f"{name!r} is neither a built-in recipe ({', '.join(BUILT_IN)}) nor a Python file."
-            + nearest(name, BUILT_IN)
-        )
-    recipe = Recipe(name, file.resolve(), _run_file(file.resolve()))
-    _check(recipe)
-    return recipe
-
-
-def _run_file(file: Path) -> types.ModuleType:
-    """Run the file as a module; it may import its neighbours, as a script may."""
-    module = types.ModuleType(f"halfstep_recipe_{file.stem}")
-    module.__file__ = str(file)
-    # registered: dataclasses and pickle look a class's module up there
-    sys.modules[module.__name__] = module
-    if str(file.parent) not in sys.path and file not in BUILT_IN.values():
-        sys.path.insert(0, str(file.parent))
-    recipe = Recipe(file.name, file, module)
-    try:
-        exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), module.__dict__)
-    except ModuleNotFoundError as error:
-        raise RecipeError(
-            f"{recipe.where(error)}: {error}. Install what this recipe imports"
-            + (", for instance with pip install 'halfstep[demo]'." if file in _built_in() else ".")
-        ) from error
-    except Exception as error:  # a user's file may raise anything
-        raise RecipeError(
-            f"{recipe.where(error)}: this recipe does not run: {type(error).__name__}: {error}"
-        ) from error
-    return module
-
-
-def _built_in() -> set[Path]:
-    return {path.resolve() for path in BUILT_IN.values()}
-
-
-def _check(recipe: Recipe) -> None:
-    for name in _CONSTANTS:
-        recipe.constant(name)
-    framework = framework_of(recipe)
-    optional = {**_OPTIONAL, **framework.optional}
-    for name, wanted in {**framework.functions(recipe.module), **optional}.items():
-        function = getattr(recipe.module, name, None)
-        if function is None and name in optional:
-            continue
-        form = f"{name}({', '.join(wanted.arguments)})"
-        if not callable(function):
-            raise RecipeError(
-                f"{recipe.file}: this recipe has no function {form}, which must return "
-                f"{wanted.returns}.{_misspelt(name, recipe.module)}"
-            )
-        if not any(takes(function, count) for count in wanted.counts):
-            raise RecipeError(
-                f"{recipe.file}: {name}{inspect.signature(function)} must be callable as "
-                f"{form}, and return {wanted.returns}."
-            )
-
-
-def _misspelt(name: str, module: types.ModuleType) -> str:
-    own: Iterable[str] = [
-        key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"
-    ]
-    return nearest(name, own)
-
-
-def takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function can be called with so many positional arguments."""
-    try:
-        inspect.signature(function).bind(*range(count))
-    except TypeError:
-        return False
-    except ValueError:  # a builtin without a signature
-        return True
-    return True
-
-
-def write_template(path: str | os.PathLike[str], framework: str = "torch") -> Path:
-    """Write a commented recipe that runs as it is.
-
-    Args:
-        path: where to.
-        framework: ``"torch"``, ``"jax"`` or ``"keras"``.
-
-    Raises:
-        RecipeError: the file is there already (it is left alone), or cannot be written.
-    """
-    if framework not in TEMPLATES:
-        raise RecipeError(
-            f"no template for {framework!r}. Allowed are {', '.join(map(repr, TEMPLATES))}."
-            + nearest(framework, TEMPLATES)
-        )
-    path = Path(path)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(TEMPLATES[framework].read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise RecipeError(f"{path} exists already; it was left as it is.") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot write a recipe there: {error}.") from None
-    return path

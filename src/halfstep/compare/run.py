@@ -15,14 +15,18 @@ from typing import Any
 from .. import __version__
 from ..core.record import Event, Record, RecordWriter
 from ..errors import HalfstepError, RecipeError, RecordError
-from . import memory
-from .engine import Plan, Race, Trainee, plan_for
-from .frameworks import Policies, Starter, Trainer, framework_of
+from .engine import Plan, Race, plan_for
+from .loading import load_recipe
 from .machine import computes_in, describe_machine
 from .policies import DEFAULT, parse_policies
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe
 from .results import Summary
 from .summary import summarise
+from .trainee import Policies, Starter, Trainee, Trainer
+from .trainers import trainer_of
+
+MEMORY_STEPS = 3
+"""Steps of one measurement: the second is the first one with the optimizer's state in place."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def compare(
     chosen = policies if isinstance(policies, Mapping) else parse_policies(policies or DEFAULT)
     several = [recipes] if isinstance(recipes, (str, Recipe)) else list(recipes)
     loaded = [each if isinstance(each, Recipe) else load_recipe(each) for each in several]
-    trainers = [framework_of(recipe).trainer() for recipe in loaded]
+    trainers = [trainer_of(recipe) for recipe in loaded]
     with ExitStack() as stack:
         for trainer in dict.fromkeys(trainers):
             # before the device is picked: JAX's threads are made when it first looks for one
@@ -178,7 +182,7 @@ class _Run:
         self.emit(_recipe_event(recipe, plan, device, note))
         start = trainer.starter(recipe, device, self._settings.seed)
         if self._settings.memory:
-            for found in start.measure_memory(self._policies, memory.STEPS):
+            for found in start.measure_memory(self._policies, MEMORY_STEPS):
                 self.emit({"event": "memory", "recipe": recipe.name, **found})
         trainees = self._start(recipe, start)
         with ExitStack() as watching:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import platform
 import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,57 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from ..core.loss_scale import NoLossScale
-from ..core.policy import Policy, PolicyMap, as_policy_map
+from ..core.policy import Policy, PolicyMap
 from ..errors import PolicyError, PolicyWarning, RecipeError
-from . import memory
-from .engine import StepResult
-from .frameworks import Policies
-from .policies import is_plain_float32
+from .noting import noting
+from .policies import is_low, is_plain_float32
 from .recipe import Recipe
+from .resident_memory import measure_in_children
+from .torch_device import describe as describe
+from .torch_device import pick_device as pick_device
+from .torch_device import threads as threads
+from .torch_memory import measure_on_cuda
+from .trainee import Policies, StepResult
 
 if TYPE_CHECKING:
     from halfstep.torch import PolicySummary
-
-
-def pick_device(name: str | None = None) -> str:
-    """Return the device to train on: the one given, else CUDA where there is one, else the CPU.
-
-    Raises:
-        RecipeError: a device that torch does not have here.
-    """
-    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=wanted)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RecipeError(f"--device {wanted}: torch cannot use it here: {reason}") from None
-    return str(torch.device(wanted))
-
-
-def describe(device: str) -> dict[str, Any]:
-    """Return what the report says about torch and the device, as plain values."""
-    info: dict[str, Any] = {"versions": {"torch": torch.__version__}}
-    if torch.device(device).type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        info["device_name"] = properties.name
-        info["capability"] = f"{properties.major}.{properties.minor}"
-        info["device_memory"] = properties.total_memory
-        info["versions"]["cuda"] = torch.version.cuda
-    else:
-        info["threads"] = torch.get_num_threads()
-        info["device_name"] = platform.processor() or platform.machine()
-    return info
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Compute with so many CPU threads meanwhile; None leaves them as they are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def seed_everything(seed: int) -> None:
@@ -146,16 +107,8 @@ class TorchTrainee:
             return PlainOptimizer(self._recipe.call("make_optimizer", self._model))
         import halfstep.torch as door
 
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", PolicyWarning)
+        with noting(self.notes, PolicyWarning):
             door.apply_policy(self._model, policy)
-        for warning in caught:
-            if issubclass(warning.category, PolicyWarning):
-                self.notes.append(str(warning.message))
-            else:
-                warnings.warn_explicit(
-                    warning.message, warning.category, warning.filename, warning.lineno
-                )
         return door.LossScaleOptimizer(self._recipe.call("make_optimizer", self._model))
 
     def watched(self, record: str | os.PathLike[str], every: int) -> AbstractContextManager[object]:
@@ -240,45 +193,30 @@ class Starter:
     """What makes the trainees of a torch recipe."""
 
     def __init__(self, recipe: Recipe, device: str, seed: int) -> None:
-        self._recipe, self._device, self._seed = recipe, device, seed
+        self.recipe, self.device, self.seed = recipe, device, seed
 
     @cached_property
     def _weights(self) -> dict[str, Tensor]:
-        return initial_weights(self._recipe, self._seed)
+        return initial_weights(self.recipe, self.seed)
 
     def __call__(self, policy: Policy | PolicyMap) -> TorchTrainee:
         """Return a new model under a policy, with the weights that all start from."""
-        return TorchTrainee(self._recipe, policy, self._weights, self._device, self._seed)
+        return TorchTrainee(self.recipe, policy, self._weights, self.device, self.seed)
+
+    def anew(self) -> Starter:
+        """Return another one that makes all again, the weights that all start from too."""
+        return Starter(self.recipe, self.device, self.seed)
 
     def measure_memory(self, policies: Policies, steps: int) -> Iterator[dict[str, Any]]:
         """Yield the allocator's peak on CUDA, else the peaks of children's resident sets."""
-        on_cuda = self._device.startswith("cuda")
-        run = measure_on_cuda if on_cuda else memory.measure_in_children
-        yield from run(self._recipe, policies, self._device, self._seed, steps)
+        on_cuda = self.device.startswith("cuda")
+        run = measure_on_cuda if on_cuda else measure_in_children
+        yield from run(self, policies, steps)
 
 
 def starter(recipe: Recipe, device: str, seed: int) -> Starter:
     """Return what makes the trainees of a recipe; all start from the same weights."""
     return Starter(recipe, device, seed)
-
-
-def measure_on_cuda(
-    recipe: Recipe, policies: Policies, device: str, seed: int, steps: int
-) -> Iterator[dict[str, Any]]:
-    """Yield the allocator's peak over a few steps of each policy."""
-    method = "peak of the CUDA allocator"
-    for label, policy in policies.items():
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        try:
-            memory.train(recipe, policy, device, seed, steps)
-        except Exception as error:  # noqa: BLE001 - the run itself will say more about it
-            yield {"policy": label, "error": f"{type(error).__name__}: {error}", "method": method}
-            continue
-        peak = torch.cuda.max_memory_allocated(device) - before
-        yield {"policy": label, "bytes": int(peak), "method": method}
 
 
 def explain(recipe: Recipe, policy: Policy | PolicyMap, seed: int) -> PolicySummary:
@@ -289,9 +227,7 @@ def explain(recipe: Recipe, policy: Policy | PolicyMap, seed: int) -> PolicySumm
     """
     from halfstep.torch import apply_policy, policy_summary
 
-    given = as_policy_map(policy)
-    low = any(each.is_low for each in (given.default, *given.overrides.values()))
-    if not low:
+    if not is_low(policy):
         raise PolicyError(
             f"{recipe.name}: {policy!r} puts nothing in 16 bits; there is nothing to explain. "
             "Allowed are policies that do, for instance mixed_float16 or mixed_bfloat16."
