@@ -50,15 +50,11 @@ def set_up(recipe: Recipe, seed: int, device: str | None) -> str:
     Raises:
         RecipeError: a device that is not there, or what ``setup`` raises.
     """
+    from ..compare import run
     from ..compare.torch_device import pick_device
 
     chosen = pick_device(device)
-    try:
-        recipe.call("setup", seed, chosen)
-    except Exception as error:  # a user's function may raise anything
-        raise RecipeError(
-            f"{recipe.where(error)}: setup({seed}, {chosen!r}): {type(error).__name__}: {error}"
-        ) from error
+    run.set_up(recipe, seed, chosen)
     return chosen
 
 
@@ -68,10 +64,9 @@ def first_batch(recipe: Recipe, seed: int, device: str | None) -> tuple[nn.Modul
     Raises:
         RecipeError: the recipe cannot make one of the two.
     """
-    from ..compare.engine import Plan
+    from ..compare import engine
     from ..compare.torch_trainee import make_model, move
 
     chosen = set_up(recipe, seed, device)
     model = make_model(recipe, seed).to(chosen).train()
-    _, batch = next(iter(Plan(steps=1, seed=seed).batches(recipe)))
-    return model, move(batch, chosen)
+    return model, move(engine.first_batch(recipe, seed), chosen)
