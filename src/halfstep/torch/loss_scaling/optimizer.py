@@ -56,10 +56,12 @@ class LossScaleOptimizer(EvaluatedStep):
             Left out, it is the one that the policies of these parameters want
             (:func:`~halfstep.torch.apply_policy`), and dynamic if they have none.
         max_norm: clip the unscaled gradients to this 2-norm, as
-            ``torch.nn.utils.clip_grad_norm_`` does. None does not clip.
+            ``torch.nn.utils.clip_grad_norm_`` does. None does not clip. Of DTensors it is the
+            norm of the whole gradients, over all ranks of their mesh.
         process_group: agree with the other ranks of this group on skipping: one rank's overflow
             skips the step on all. ``DistributedDataParallel`` needs none, since its gradients
-            are equal on all ranks by construction. The norm that clips is this rank's own.
+            are equal on all ranks by construction; neither do DTensors on a mesh of all
+            processes. It does not change what the norm is of.
         skip: where it is decided to leave a step out. ``"auto"``: on the device by the fused
             kernels, and by one flag read on the host with optimizers that have none.
             ``"device"``: never by a read. Where there are no fused kernels the step is taken, and
