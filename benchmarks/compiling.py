@@ -7,9 +7,12 @@ holds for every backend, and it compiles in seconds where ``inductor`` takes min
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from .measures import Training, count, start, time_together
@@ -49,8 +52,9 @@ def _measure(workload: Workload, style: Style, device: str) -> tuple[Training, R
     counts = count(training)
     now = _seen()
     later = {"recompiles": now["graphs"] - first["graphs"]}
-    asked = style.kind in ("torch.amp", "halfstep")
-    step = {"scaled step": scaled_step(workload, style, device) if asked else None}
+    # what is rewritten is compiled already, by itself
+    asked = style.kind in ("float32", "torch.amp", "halfstep")
+    step = {"whole step": whole_step(workload, style, device) if asked else None}
     return training, first | later | step | dataclasses.asdict(counts)
 
 
@@ -61,25 +65,39 @@ def _seen() -> dict[str, Any]:
     }
 
 
-def scaled_step(workload: Workload, style: Style, device: str) -> str:
-    """Say whether unscaling, the optimizer and the next scale compile as one graph, in float16.
+def whole_step(workload: Workload, style: Style, device: str) -> str:
+    """Say whether a whole step compiles as one graph, in float16 where the style has 16 bits.
 
-    After a step outside, which makes the optimizer's state; the model itself is not compiled.
+    Forward and backward pass, loss scale, optimizer and clearing the gradients, as the style takes
+    them without ``torch.compile``, with ``trace_autograd_ops`` and ``fullgraph=True``.
     """
-    scaled = dataclasses.replace(style, dtype=torch.float16, backend=None)
-    training = start(workload, scaled, device)
-    training.step()
-    inputs, targets = training.batch
-    with scaled.forward(device):
-        loss = workload.loss(training.model(inputs), targets)
-    training.optimizing.backward(loss)
-    step = torch.compile(training.optimizing.update, backend="eager", fullgraph=True)
+    dtype = style.dtype if style.kind == "float32" else torch.float16
+    training = start(workload, dataclasses.replace(style, dtype=dtype, backend=None), device)
+    before = [parameter.detach().clone() for parameter in training.model.parameters()]
+    graphs = CompileCounterWithBackend("eager")
+    step = torch.compile(training.step, backend=graphs, fullgraph=True)
+    made = []
+    torch.compiler.reset()
     try:
-        step()
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            for _ in range(5):
+                step()
+                made.append(graphs.frame_count)
     except Exception as error:  # noqa: BLE001  (what Dynamo raises is no public class)
-        return f"no: {_first_words(error)}"
-    return "yes"
+        return f"no: {_reason(error)}"
+    if any(map(torch.equal, before, training.model.parameters())):
+        return "no: a parameter got no update"
+    return "yes" if made[-1] == made[1] else f"yes, but {made[-1] - made[1]} recompiles"
 
 
-def _first_words(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _reason(error: Exception) -> str:
+    """What Dynamo complains about, and the line of the step where it met it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    inside = [
+        after for line, after in itertools.pairwise(lines) if line.startswith(f'File "{_HERE}')
+    ]
+    first = lines[0] if lines else type(error).__name__
+    return f"`{inside[-1].partition('  #')[0]}`: {first}" if inside else first
+
+
+_HERE = Path(__file__).parent

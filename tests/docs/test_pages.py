@@ -76,6 +76,8 @@ def as_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     torch.manual_seed(0)
     yield
     halfstep.set_global_policy("float32")
+    if "torch._dynamo" in sys.modules:  # a page tells how to turn this on
+        torch._dynamo.config.trace_autograd_ops = False
 
 
 @pytest.mark.usefixtures("as_a_reader")
