@@ -10,6 +10,8 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
+from torch._functorch import config as functorch_config
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -74,6 +76,8 @@ def _eagerly(painter: Painter, decompositions: Any) -> Backend:
     def partition(
         joint: fx.GraphModule, inputs: Sequence[Any], **keywords: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if functorch_config.cse:  # as the partitioner does, but before casts are put in and counted
+            joint.graph = fx_graph_cse(joint.graph)
         painter.paint(joint.graph)
         joint.recompile()
         return min_cut_rematerialization_partition(joint, inputs, **keywords)
