@@ -23,7 +23,17 @@ def float32_allreduce_hook(
 
     Source: ``torch.distributed.algorithms.ddp_comm_hooks.default_hooks``, whose hooks narrow.
 
-    >>> model.register_comm_hook(None, float32_allreduce_hook)  # doctest: +SKIP
+    >>> import tempfile
+    >>> from halfstep.torch import apply_policy
+    >>> store = f"file://{tempfile.mkdtemp()}/store"
+    >>> dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    >>> model = apply_policy(torch.nn.Linear(2, 1), "master_bfloat16")
+    >>> model = torch.nn.parallel.DistributedDataParallel(model)
+    >>> model.register_comm_hook(None, float32_allreduce_hook)
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> model.module.weight.grad
+    tensor([[1., 1.]], dtype=torch.bfloat16)
+    >>> dist.destroy_process_group()
     """
     group = dist.group.WORLD if process_group is None else process_group
     if group is None:
