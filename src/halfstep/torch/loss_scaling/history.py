@@ -104,6 +104,7 @@ class GraphLog:
 
     def __init__(self, device: torch.device) -> None:
         self.used = False
+        self._replayed = False
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # steps, events
         self.steps = torch.zeros(KEPT_EVENTS, dtype=torch.int64, device=device)
         self.rows = torch.zeros(KEPT_EVENTS, 2, device=device)  # scale, skipped
@@ -116,6 +117,8 @@ class GraphLog:
             after: the packed state after it.
         """
         self.used = True
+        if not torch.compiler.is_compiling():
+            self._replayed = True  # by a CUDA graph from now on, and the host is not told when
         skipped = after[3] > before[3]
         happened = skipped | (after[0] != before[0])
         place = (self.counts[1] % KEPT_EVENTS).reshape(1)
@@ -131,6 +134,7 @@ class GraphLog:
         places = [place % KEPT_EVENTS for place in range(events - kept, events)]
         numbers, rows = self.steps[places].tolist(), self.rows[places].tolist()
         self.counts.zero_()
+        self.used = self._replayed
         found = [
             ScaleEvent(number, scale, bool(skipped))
             for number, (scale, skipped) in zip(numbers, rows, strict=True)

@@ -56,6 +56,8 @@ class Cleared:
         """Do what the optimizer's ``zero_grad`` does."""
         if not torch.compiler.is_compiling():
             self._optimizer.zero_grad(set_to_none)
+            if len(self._optimizer.param_groups) != len(self._nothing):
+                self.follow()
             return
         for group, nothing in zip(groups_of(self._optimizer), self._nothing, strict=True):
             for parameter, none in zip(group["params"], nothing, strict=True):
@@ -145,6 +147,7 @@ def _unwrapped(function: Any) -> Any:
 
 def _make_state(optimizer: Optimizer, groups: Groups) -> None:
     """Let torch's optimizers make their state, so that there is something to go back to."""
+    _move_counters(optimizer)
     kind: Any = type(optimizer)
     if not hasattr(kind, "_init_group"):
         return
@@ -154,6 +157,15 @@ def _make_state(optimizer: Optimizer, groups: Groups) -> None:
         init(optimizer, group, *[[] for _ in range(lists)])
         if isinstance(optimizer, SGD) and group["momentum"]:
             _make_momentum(optimizer, group)
+
+
+def _move_counters(optimizer: Optimizer) -> None:
+    """Put counters that eager steps keep on the CPU beside their parameters, for good."""
+    for parameter in (p for group in groups_of(optimizer) for p in group["params"]):
+        state = optimizer.state.get(parameter, {})
+        counter = state.get("step")
+        if isinstance(counter, Tensor) and counter.device != parameter.device:
+            state["step"] = counter.to(parameter.device)
 
 
 def _make_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
