@@ -170,6 +170,15 @@ def deferred():
     return found
 
 
+def wanted():
+    """The loss scale that a policy wants, where FSDP2 has put other parameters in its place."""
+    kinds = {}
+    for policy in ("mixed_bfloat16", "master_bfloat16", "mixed_float16"):
+        for name, make in (("policy first", fsdp_last), ("policy last", fsdp_first)):
+            kinds[policy, name] = type(optimizer_of(make(policy)).loss_scale).__name__
+    return kinds
+
+
 def refused():
     """Another dtype after FSDP2 took note of them; a bare optimizer; and what is possible."""
     found = {}

@@ -273,6 +273,7 @@ def main(rank, ranks, folder):
             "memory reductions": memory.reductions(),
             "memory refused": memory.refused(),
             "deferred": memory.deferred(),
+            "wanted": memory.wanted(),
         }
     torch.save(found, folder / f"found-{ranks}-{rank}.pt")
     dist.destroy_process_group()

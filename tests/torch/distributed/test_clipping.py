@@ -67,6 +67,7 @@ def test_a_mesh_of_some_ranks_needs_to_be_told_who_agrees(four):
 
 def test_a_step_sends_three_numbers_once_and_reads_nothing(two, four):
     found = {**two[0]["traffic"], **four[0]["traffic"]}
-    assert len(found) == 18
+    assert len(found) == 21
     for case, seen in found.items():
-        assert seen == {"sent": 1, "read": 0, "fused": 1, "placed": True}, case
+        fused = case[1] != "undone"  # skip="device", of an optimizer without such kernels
+        assert seen == {"sent": 1, "read": 0, "fused": fused, "placed": True}, case

@@ -85,6 +85,11 @@ def test_a_model_may_get_its_memory_after_it_was_sharded(two):
         assert 0.06 < weight < 0.14, "at most three steps of 0.01 from 0.1"
 
 
+def test_a_policy_says_its_loss_scale_through_shards(two):
+    for (policy, _), kind in two[0]["wanted"].items():
+        assert kind == ("DynamicLossScale" if policy == "mixed_float16" else "NoLossScale")
+
+
 def test_what_cannot_be_is_said(two):
     found = two[0]["memory refused"]
     assert "Step with halfstep.torch.LossScaleOptimizer(AdamW(...))" in found["bare"]
