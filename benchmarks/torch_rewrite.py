@@ -1,28 +1,35 @@
-"""Casts and gradients of rewritten graphs beside ``torch.autocast`` with the lists of CUDA.
+"""Casts, gradients and time of rewritten graphs beside ``torch.autocast``.
 
-``python -m benchmarks.torch_rewrite`` prints the table and writes it as JSON.
+``python -m benchmarks.torch_rewrite`` prints the table and writes it as JSON. Casts are those of
+autocast with the lists of CUDA; times are those of ``torch.compile`` with autocast as it is on this
+machine, both compiled by Inductor, in turns.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from halfstep.errors import PolicyError
 from halfstep.torch import autocast, explain
 
 from .machine import describe, slug
-from .measures import Observer
-from .styles import CudaLists
+from .measures import Observer, Timing, start, time_together
+from .styles import CudaLists, Style
 from .tables import Table
-from .workloads import Batch, Workload, workloads_for
+from .workloads import SMALL, Batch, LlamaBlock, Workload, workloads_for
 
 RESULTS = Path(__file__).parent / "results"
 DTYPE = torch.bfloat16
+TIMED = ("gpt-fused", "mlp", "llama")
+SECONDS = 6.0
 
 
 class WithLoss(nn.Module):
@@ -36,6 +43,44 @@ class WithLoss(nn.Module):
         return self.loss(self.model(inputs), targets)
 
 
+class WrittenNorm(nn.Module):
+    """RMSNorm written with power, mean and square root, as Llama's own code has it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class Llama(nn.Module):
+    """Three Llama blocks between an embedding and a head."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.blocks = nn.Sequential(*(LlamaBlock(width, 4, 4, 2 * width) for _ in range(3)))
+        for block in self.blocks:
+            block.norm1, block.norm2 = WrittenNorm(width), WrittenNorm(width)
+        self.norm, self.head = WrittenNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.blocks(self.tokens(tokens))))
+        return logits
+
+
+def llama_as_written() -> Workload:
+    """A language model with every norm written out."""
+    language = next(each for each in workloads_for("cpu") if each.name == "lm-fused")
+    return dataclasses.replace(
+        language,
+        name="lm-llama",
+        about="Llama with an embedding, a head and norms written out: 3 layers, width 64, 4 heads",
+        model=lambda: Llama(SMALL.vocabulary, SMALL.width),
+    )
+
+
 @dataclass(frozen=True)
 class Row:
     """What one model needs.
@@ -43,36 +88,72 @@ class Row:
     Attributes:
         model: its name.
         about: sizes, in words.
-        autocast_casts, rewritten_casts: of forward and backward pass.
+        autocast_casts, rewritten_casts: of forward and backward pass; None where it does not run.
         autocast_bytes, rewritten_bytes: that the casts write.
         autocast_error, rewritten_error: distance of the gradient from float32's, relative.
         low_products, products: matrix products in 16 bits, and all, in the rewritten graph.
+        uncaptured: modules that are in no graph and stay in float32.
+        why: what torch.autocast said, where it does not run.
+        refused: what halfstep's autocast said, where it does not run.
+        time: of a step compiled by Inductor, beside torch.compile with torch.autocast.
     """
 
     model: str
     about: str
-    autocast_casts: int
-    rewritten_casts: int
-    autocast_bytes: int
-    rewritten_bytes: int
-    autocast_error: float
-    rewritten_error: float
-    low_products: int
-    products: int
+    autocast_casts: int | None
+    rewritten_casts: int | None
+    autocast_bytes: int | None
+    rewritten_bytes: int | None
+    autocast_error: float | None
+    rewritten_error: float | None
+    low_products: int = 0
+    products: int = 0
+    uncaptured: tuple[str, ...] = ()
+    why: str = ""
+    refused: str = ""
+    time: Timing | None = None
 
 
 def measure(workload: Workload) -> Row:
     """Count and compare one model."""
     model, batch = WithLoss(workload), workload.data("cpu")
     exact = _float32(model, batch)
-    casts, written, theirs = _autocast(model, batch)
-    torch._dynamo.reset()
-    explanation = explain(model, backend="aot_eager")(*batch)
-    low, products = explanation.low_products
-    return Row(
-        workload.name, workload.about, casts, explanation.casts, written, explanation.cast_bytes,
-        _distance(theirs, exact), _distance(_rewritten(model, batch), exact), low, products,
+    casts: int | None = None
+    written: int | None = None
+    error: float | None = None
+    why = ""
+    try:
+        casts, written, theirs = _autocast(model, batch)
+        error = _distance(theirs, exact)
+    except RuntimeError as failed:
+        why = str(failed).splitlines()[0].split(". ")[0]
+    theirs_only = Row(
+        workload.name, workload.about, casts, None, written, None, error, None, why=why
     )  # fmt: skip
+    torch._dynamo.reset()
+    try:
+        explanation = explain(model, backend="aot_eager")(*batch)
+    except PolicyError as failed:
+        return dataclasses.replace(theirs_only, refused=str(failed))
+    low, products = explanation.low_products
+    return dataclasses.replace(
+        theirs_only,
+        rewritten_casts=explanation.casts,
+        rewritten_bytes=explanation.cast_bytes,
+        rewritten_error=_distance(_rewritten(model, batch), exact),
+        low_products=low,
+        products=products,
+        uncaptured=explanation.uncaptured,
+        time=_time(workload) if workload.name in TIMED else None,
+    )
+
+
+def _time(workload: Workload) -> Timing:
+    styles = [Style("float32", backend="inductor")]
+    styles += [Style(kind, DTYPE, backend="inductor") for kind in ("torch.amp", "halfstep rewrite")]
+    torch._dynamo.reset()
+    trainings = [start(workload, style, "cpu") for style in styles]
+    return time_together(trainings, seconds=SECONDS, steps=3)[styles[-1].name]
 
 
 def _float32(model: nn.Module, batch: Batch) -> Tensor:
@@ -112,28 +193,54 @@ def table(rows: list[Row]) -> Table:
     head = (
         "model", "casts, autocast", "casts, rewritten", "MB written, autocast",
         "MB written, rewritten", "gradient, autocast", "gradient, rewritten",
+        "compiled step / autocast's", "quartiles",
     )  # fmt: skip
-    cells = [
-        (
-            row.model, str(row.autocast_casts), str(row.rewritten_casts),
-            f"{row.autocast_bytes / 1e6:.2f}", f"{row.rewritten_bytes / 1e6:.2f}",
-            f"{row.autocast_error:.4f}", f"{row.rewritten_error:.4f}",
-        )
-        for row in rows
-    ]  # fmt: skip
-    return Table("rewritten graphs beside torch.autocast with the lists of CUDA", head, cells)
+    return Table("rewritten graphs beside torch.autocast", head, [_cells(row) for row in rows])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    ratio = None if row.time is None else row.time.to_amp
+    return (
+        row.model,
+        "fails" if row.autocast_casts is None else str(row.autocast_casts),
+        "refused" if row.rewritten_casts is None else str(row.rewritten_casts),
+        _number(row.autocast_bytes, 1e6, 2),
+        _number(row.rewritten_bytes, 1e6, 2),
+        _number(row.autocast_error, 1, 4),
+        _number(row.rewritten_error, 1, 4),
+        "" if ratio is None else f"{ratio.median:.2f}",
+        "" if ratio is None else f"{ratio.low:.2f} - {ratio.high:.2f}",
+    )
+
+
+def _number(value: float | None, unit: float, digits: int) -> str:
+    return "" if value is None else f"{value / unit:.{digits}f}"
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """What the table cannot say: what failed, and what was left in float32."""
+    found = []
+    for row in rows:
+        if row.why:
+            found.append(f"{row.model}: torch.autocast does not run here: {row.why}.")
+        if row.refused:
+            found.append(f"{row.model}: {row.refused}")
+        if row.uncaptured:
+            left = ", ".join(row.uncaptured)
+            found.append(
+                f"{row.model}: Dynamo does not capture {left}: float32, and {row.low_products} of "
+                f"the {row.products} matrix products that it does capture in 16 bits."
+            )
+    return found
 
 
 def main() -> None:
     """Measure, show, write."""
-    rows = []
-    for workload in workloads_for("cpu"):
-        try:
-            rows.append(measure(workload))
-        except Exception as error:  # noqa: BLE001 - a model that cannot be rewritten is a result
-            print(f"{workload.name}: {type(error).__name__}: {error}")
+    warnings.simplefilter("ignore")  # what is not captured stands in the rows
+    workloads = (*workloads_for("cpu"), llama_as_written())
+    rows = [measure(workload) for workload in workloads]
     table(rows).show()
-    print(table(rows).markdown())
+    print(table(rows).markdown(), *notes(rows), sep="\n")
     machine = describe("cpu")
     found = {"machine": machine, "rows": [asdict(row) for row in rows]}
     path = RESULTS / f"torch-rewrite-{slug(machine)}.json"

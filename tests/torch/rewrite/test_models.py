@@ -13,7 +13,7 @@ CASTS = {
     "mlp": (16, 19),
     "gpt": (28, 32),
     "gpt fused": (24, 28),
-    "llama": (29, 44),
+    "llama": (27, 44),
     "convnet": (11, 11),
     "convnet in place": (11, 11),
 }
