@@ -112,10 +112,10 @@ class Leftovers:
             return
         self._left = []
         self._versions = {
-            id(parameter.grad): parameter.grad._version
+            id(grad): grad._version
             for group in optimizer.param_groups
             for parameter in group["params"]
-            if parameter.grad is not None
+            if (grad := parameter.grad) is not None
         }
 
     def forget(self) -> None:
