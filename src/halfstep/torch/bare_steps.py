@@ -6,6 +6,8 @@ a word. It cannot be seen when the policy is applied, so a hook looks once at ea
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +27,7 @@ class _Watch:
         self._installed = False
         self._time = 0
         self._seen: WeakKeyDictionary[Optimizer, tuple[int, int]] = WeakKeyDictionary()
+        self.lent: set[int] = set()
 
     def begin(self) -> None:
         """Look at every optimizer, again, when it steps next."""
@@ -34,8 +37,9 @@ class _Watch:
             self._installed = True
 
     def look(self, optimizer: Optimizer) -> None:
+        if id(optimizer) in self.lent:
+            return
         parameters = (p for group in optimizer.param_groups for p in group["params"])
-        # one that LossScaleOptimizer lends float32 values to has others then
         seen = self._time, id(next(parameters, None))
         if self._seen.get(optimizer) == seen:
             return
@@ -46,6 +50,19 @@ class _Watch:
 
 
 _watch = _Watch()
+
+
+@contextmanager
+def lending(optimizer: Optimizer) -> Iterator[None]:
+    """Let ``optimizer`` step inside the block: what has a gradient in it has float32 values."""
+    if torch.compiler.is_compiling():  # nothing looks at it there
+        yield
+        return
+    _watch.lent.add(id(optimizer))
+    try:
+        yield
+    finally:
+        _watch.lent.discard(id(optimizer))
 
 
 def watch_steps() -> None:

@@ -414,3 +414,20 @@ def test_hooks_see_unscaled_float32_gradients(kit, name):
         torch.testing.assert_close(grad, scaled / 1024)
     assert len(seen) == 2
     assert policy_of(net).name == name
+
+
+@pytest.mark.parametrize("unused_first", [False, True])
+def test_weights_without_a_gradient_stay_as_they_are(name, unused_first):
+    """A branch that this batch did not take: its weights get no gradient, the others step."""
+    model = apply_policy(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), name)
+    unused, used = (0, 1) if unused_first else (1, 0)
+    optimizer = LossScaleOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1))
+    before = [layer.weight.detach().clone() for layer in model]
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward(model[used](torch.ones(1, 2)).float().sum())
+        optimizer.step()
+    assert torch.equal(model[unused].weight, before[unused])
+    assert not torch.equal(model[used].weight, before[used])
+    with pytest.raises(PolicyError, match="LossScaleOptimizer"):
+        optimizer.inner_optimizer.step()

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ...core.policy_names import Update
 from ...errors import LossScaleError
+from ..bare_steps import lending
 from ..casting import LOW
 from ..masters import CLOSE, OPEN, Kept, agree_in_graph, kept_of, update_of, version_of, widened_all
 from .closures import evaluates_once
@@ -147,7 +148,7 @@ class WideSide:
         for (_, wide), grad in zip(pairs, grads, strict=True):
             wide.grad = grad
         try:
-            with self._in_place_of(groups, pairs):
+            with self._in_place_of(groups, pairs), lending(self._optimizer):
                 result = take()
         finally:
             for _, wide in pairs:
