@@ -100,3 +100,9 @@ def step_or_restore(optimizer: Optimizer, evaluate: Closure) -> Any:
     except NotFinite:
         before.restore(optimizer)
         return None
+
+
+def closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
+    """The closure among the arguments of ``step``: by keyword, or the first by position."""
+    first = kwargs.get("closure", args[0] if args else None)
+    return first if callable(first) else None

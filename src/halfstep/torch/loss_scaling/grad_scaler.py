@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import defaultdict
 from dataclasses import replace
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from ...core.loss_scale import DynamicLossScale, LossScaleState
 from ...errors import LossScaleError, LossScaleExhausted
 from ..bare_steps import refuse_bare_step
 from . import checkpoint
-from .closures import Closure, evaluates_once
+from .closures import closure_in, evaluates_once
 from .gradients import Gradients, Verdict, blame, divide_, gather, judge, moved
 from .guards import is_watched, refuse_foreign, refuse_more
 from .history import History, ScaleEvent, exhausted_message
@@ -27,11 +26,16 @@ from .outputs import over_tensors, scaled
 from .spread import Agreement, agree
 from .state import ScaleState
 from .stepping import Skip, take_step
+from .upstream import (
+    UpstreamFace,
+    fitting_scale,
+    is_available,
+    loaded_from_upstream,
+    saved_as_upstream,
+)
 
-_LIMITS = ("min_scale", "max_scale", "hysteresis")
 
-
-class GradScaler(torch.amp.GradScaler):
+class GradScaler(UpstreamFace):
     """Scale losses and step optimizers as ``torch.amp.GradScaler`` does, without its faults.
 
     Methods, return values and errors are upstream's, so that it stands in for it in scripts and
@@ -95,7 +99,7 @@ class GradScaler(torch.amp.GradScaler):
     ) -> None:
         # upstream's __init__ is left out: what it assigns is read through properties here
         self._device = device
-        self._enabled = enabled and _available(device)
+        self._enabled = enabled and is_available(device)
         if self._enabled and growth_factor <= 1.0:
             raise AssertionError("The growth factor must be > 1.0.")
         if self._enabled and backoff_factor >= 1.0:
@@ -188,7 +192,7 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return optimizer.step(*args, **kwargs)
-        closure = _closure_in(args, kwargs)
+        closure = closure_in(args, kwargs)
         if closure is None:
             return self._step(optimizer, args, kwargs)
         if not evaluates_once(optimizer):
@@ -260,7 +264,7 @@ class GradScaler(torch.amp.GradScaler):
             return
         packed = self._started("update")
         if new_scale is not None:
-            self._state.set_scale(self._checked(new_scale))
+            self._state.set_scale(fitting_scale(new_scale, self._rule, self._device))
         elif not self._per_optimizer_states:
             raise AssertionError("No inf checks were recorded prior to update.")
         else:
@@ -290,24 +294,6 @@ class GradScaler(torch.amp.GradScaler):
         blamed = "; ".join(f"{type(found).__name__}: {blame(found)}" for found in alive)
         raise LossScaleExhausted(exhausted_message(self._state.rule, row, blamed))
 
-    def _checked(self, new_scale: float | Tensor) -> float | Tensor:
-        rule = self._rule
-        if isinstance(new_scale, Tensor):
-            fits = new_scale.numel() == 1 and not new_scale.requires_grad
-            if not fits or new_scale.device.type != self._device:
-                raise AssertionError(
-                    "new_scale should be a float or a 1-element torch.cuda.FloatTensor or "
-                    "torch.FloatTensor with requires_grad=False."
-                )
-            # cut to the limits on the device: its value is not read here
-            return new_scale.detach().reshape(()).float().clamp(rule.min_scale, rule.max_scale)
-        if not rule.min_scale <= new_scale <= rule.max_scale:
-            raise LossScaleError(
-                f"update(new_scale={new_scale!r}): it must be from min_scale={rule.min_scale} to "
-                f"max_scale={rule.max_scale}."
-            )
-        return float(new_scale)
-
     # ------------------------------------------------------------------ what it did
 
     @property
@@ -335,24 +321,6 @@ class GradScaler(torch.amp.GradScaler):
         """The rule that makes the scale: a frozen value."""
         return self._rule
 
-    # ------------------------------------------------------------------ upstream's getters
-
-    def get_scale(self) -> float:
-        """Return the scale, 1.0 if disabled. It waits for the device."""
-        return float(self._state.read().scale) if self._enabled else 1.0
-
-    def set_growth_factor(self, new_factor: float) -> None:
-        """Set the growth factor."""
-        self._rule = replace(self._rule, growth_factor=new_factor)
-
-    def set_backoff_factor(self, new_factor: float) -> None:
-        """Set the backoff factor."""
-        self._rule = replace(self._rule, backoff_factor=new_factor)
-
-    def set_growth_interval(self, new_interval: int) -> None:
-        """Set the growth interval."""
-        self._rule = replace(self._rule, growth_interval=new_interval)
-
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
@@ -363,19 +331,7 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return {}
-        state, rule = self._state.read(), self._rule
-        return {
-            "scale": float(state.scale),
-            "growth_factor": rule.growth_factor,
-            "backoff_factor": rule.backoff_factor,
-            "growth_interval": rule.growth_interval,
-            "_growth_tracker": int(state.finite_steps),
-            "min_scale": rule.min_scale,
-            "max_scale": rule.max_scale,
-            "hysteresis": rule.hysteresis,
-            "bad_steps": int(state.bad_steps),
-            "skipped_steps": int(state.skipped_steps),
-        }
+        return saved_as_upstream(self._rule, self._state.read())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state of this class or of ``torch.amp.GradScaler``.
@@ -393,24 +349,7 @@ class GradScaler(torch.amp.GradScaler):
                 "The source state dict is empty, possibly because it was saved "
                 "from a disabled instance of GradScaler."
             )
-        if not float(state_dict["scale"]) >= 0:
-            raise LossScaleError(
-                f"load_state_dict: the scale is {state_dict['scale']!r}, it must be a number >= 0."
-            )
-        limits = {name: state_dict[name] for name in _LIMITS if name in state_dict}
-        rule = replace(
-            self._rule,
-            **limits,
-            growth_factor=state_dict["growth_factor"],
-            backoff_factor=state_dict["backoff_factor"],
-            growth_interval=state_dict["growth_interval"],
-        )
-        state = LossScaleState(
-            scale=min(max(float(state_dict["scale"]), rule.min_scale), rule.max_scale),
-            finite_steps=float(state_dict["_growth_tracker"]),
-            bad_steps=float(state_dict.get("bad_steps", 0)),
-            skipped_steps=float(state_dict.get("skipped_steps", 0)),
-        )
+        rule, state = loaded_from_upstream(state_dict, self._rule)
         self._unguard_all()
         self._continue_from(checkpoint.Saved(rule, state, self._updates, []))
 
@@ -426,51 +365,6 @@ class GradScaler(torch.amp.GradScaler):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._device, self._enabled = state["device"], state["enabled"]
         self._continue_from(state["saved"])
-
-    # ------------------------------------------------------------------ upstream's inside
-    # Trainers and workarounds in scripts read these, and some assign to _scale.
-
-    @property
-    def _rule(self) -> DynamicLossScale:
-        return cast(DynamicLossScale, self._state.rule)
-
-    @_rule.setter
-    def _rule(self, rule: DynamicLossScale) -> None:
-        self._state.rule = rule
-
-    @property
-    def _scale(self) -> Tensor | None:
-        packed = self._state.packed
-        return None if packed is None else packed[0]
-
-    @_scale.setter
-    def _scale(self, value: Tensor | None) -> None:
-        if value is not None:
-            self._state.set_scale(value)
-
-    @property
-    def _growth_tracker(self) -> Tensor | None:  # type: ignore[override]
-        packed = self._state.packed
-        return None if packed is None else packed[1]
-
-    @property
-    def _init_scale(self) -> float:  # type: ignore[override]
-        return self._rule.initial_scale
-
-    @property
-    def _growth_factor(self) -> float:  # type: ignore[override]
-        return self._rule.growth_factor
-
-    @property
-    def _backoff_factor(self) -> float:  # type: ignore[override]
-        return self._rule.backoff_factor
-
-    @property
-    def _growth_interval(self) -> int:  # type: ignore[override]
-        return self._rule.growth_interval
-
-    def _get_growth_tracker(self) -> int:
-        return int(self._state.read().finite_steps) if self._enabled else 0
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[str, Any]:
         packed = self._started("_check_inf_per_device")
@@ -515,19 +409,3 @@ class GradScaler(torch.amp.GradScaler):
 
 def _not_yet_stepped() -> dict[str, Any]:
     return {"stage": OptState.READY, "found_inf_per_device": {}}
-
-
-def _available(device: str) -> bool:
-    if device == "cuda" and not torch.cuda.is_available():
-        warnings.warn(
-            "torch.cuda.amp.GradScaler is enabled, but CUDA is not available.  Disabling.",
-            stacklevel=3,
-        )
-        return False
-    return True
-
-
-def _closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
-    """The closure among the arguments of ``step``: by keyword, or the first by position."""
-    first = kwargs.get("closure", args[0] if args else None)
-    return first if callable(first) else None
