@@ -11,7 +11,7 @@
     └── AdviceError             (a ValueError) an audit or a search asked for what there is not
 
     PolicyWarning               (a UserWarning) a policy that changed nothing, or is undone
-    LossScaleWarning            (a UserWarning) gradients that were, it seems, never scaled
+    LossScaleWarning            (a UserWarning) loss scaling does not do what was asked of it
 
 Every message says what was passed, what is allowed, and where.
 """

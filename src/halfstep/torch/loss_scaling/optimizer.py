@@ -64,8 +64,9 @@ class LossScaleOptimizer(EvaluatedStep):
             processes. It does not change what the norm is of.
         skip: where it is decided to leave a step out. ``"auto"``: on the device by the fused
             kernels, and by one flag read on the host with optimizers that have none.
-            ``"device"``: never by a read. Where there are no fused kernels the step is taken, and
-            what it changed is put back on the device: that needs memory for a copy of what the
+            ``"device"``: without a read, but for what cannot be put back (LBFGS, differentiable
+            optimizers, state of unknown kinds; a warning names it). Where there are no fused
+            kernels the step is taken, and what it changed is put back on the device: that needs memory for a copy of what the
             step changes (parameters and state) until it is over, and reads and writes each
             of their bytes 9 times. ``"host"``: by one flag read in each step; the optimizer keeps
             its own kernels. Inside ``torch.compile`` and the capture of a CUDA graph, where
