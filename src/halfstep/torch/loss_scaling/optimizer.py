@@ -66,12 +66,12 @@ class LossScaleOptimizer(EvaluatedStep):
             kernels, and by one flag read on the host with optimizers that have none.
             ``"device"``: without a read, but for what cannot be put back (LBFGS, differentiable
             optimizers, state of unknown kinds; a warning names it). Where there are no fused
-            kernels the step is taken, and what it changed is put back on the device: that needs memory for a copy of what the
-            step changes (parameters and state) until it is over, and reads and writes each
-            of their bytes 9 times. ``"host"``: by one flag read in each step; the optimizer keeps
-            its own kernels. Inside ``torch.compile`` and the capture of a CUDA graph, where
-            nothing can be read, all three are decided on the device. It is no part of the
-            ``state_dict``.
+            kernels the step is taken, and what it changed is put back on the device: that needs
+            memory for a copy of what the step changes (parameters and state) until it is over,
+            and reads and writes each of their bytes 9 times. ``"host"``: by one flag read in each
+            step; the optimizer keeps its own kernels. Inside ``torch.compile`` and the capture of
+            a CUDA graph, where nothing can be read, all three are decided on the device. It is no
+            part of the ``state_dict``.
 
     Raises:
         LossScaleError: an optimizer that is none, or is wrapped already; float16 parameters; a
