@@ -1,6 +1,7 @@
 """The 16-bit copies of weights: few launches, never stale, gone when the call is over."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -194,3 +195,27 @@ def test_memory_format_of_a_weight_is_kept():
     low = [t for t in seen if t.shape == (8, 4, 3, 3) and t.dtype is torch.bfloat16]
     assert low
     assert low[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def _loaded_anew(model):
+    model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+
+
+def test_replaced_weights_are_freed():
+    model = apply_policy(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "mixed_bfloat16")
+    seen = []
+    for _ in range(3):
+        seen.append(weakref.ref(model[0].weight))
+        model(torch.ones(1, 4))
+        _loaded_anew(model)
+    model(torch.ones(1, 4))
+    gc.collect()
+    assert [there() for there in seen] == [None] * 3
+
+
+def test_a_model_knows_the_devices_of_parts_that_moved_by_themselves():
+    model = apply_policy(nn.Sequential(nn.Linear(4, 4)), "mixed_bfloat16")
+    model(torch.ones(1, 4))
+    assert copies.entry_of(model).devices == ("cpu",)
+    model[0].to("meta")
+    assert copies.entry_of(model).devices == ()

@@ -200,3 +200,19 @@ def test_autocast_is_off_inside_of_a_norm(monkeypatch):
     monkeypatch.setattr(F, "layer_norm", looked)
     policied(lambda: nn.LayerNorm(6))(torch.ones(1, 6))
     assert seen == [False] * 2
+
+
+def test_an_error_names_the_layer_in_which_two_dtypes_met():
+    class Wrong(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            self.first(x)
+            return self.inner(torch.ones(1, 6, dtype=torch.long))
+
+    model = apply_policy(Wrong(), "mixed_bfloat16")
+    with pytest.raises(RuntimeError) as raised:
+        model(torch.ones(1, 6))
+    assert "two dtypes met in 'inner'" in raised.value.__notes__[0]

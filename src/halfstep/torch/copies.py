@@ -207,9 +207,12 @@ def entry_of(module: nn.Module) -> Entry:
     return entry
 
 
-def forget_entry(module: nn.Module) -> None:
-    """Forget what is known of ``module``: its weights moved or its policy changed."""
-    _entries.pop(module, None)
+def forget_entries() -> None:
+    """Forget what is known of all modules: in one, weights moved or a policy changed.
+
+    Of all, because one that lies in others is known there, and does not know where.
+    """
+    _entries.clear()
 
 
 def devices_of(module: nn.Module) -> tuple[str, ...]:

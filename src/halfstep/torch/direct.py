@@ -22,7 +22,7 @@ from torch.compiler import is_dynamo_compiling
 from .copies import calls
 from .plan import ATTRIBUTE
 from .region import leave
-from .running import Forward, copied
+from .running import Forward, copied, explain
 
 Operation = Callable[..., Any]
 
@@ -90,14 +90,16 @@ def short_way(base: type, long_way: Forward) -> Forward:
                 x = plan.inputs(x)
             weight: Tensor | None = parameters["weight"]
             bias: Tensor | None = parameters["bias"]
-            # a norm on a CPU keeps its weights in float32
-            if weight is not None and (plan.reads_where == "low" or not weight.is_cpu):
+            if weight is not None and not plan.leaves(weight):
                 low = copies.made(weight, plan.compute)
                 weight = copied(self, plan, copies, weight) if low is None else low
                 if bias is not None:
                     low = copies.made(bias, plan.compute)
                     bias = copied(self, plan, copies, bias) if low is None else low
             return operation(self, x, weight, bias)
+        except RuntimeError as error:
+            explain(error, plan)
+            raise
         finally:
             if saved is not None:
                 leave(saved)

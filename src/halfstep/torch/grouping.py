@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -20,6 +21,7 @@ SMALL_GROUP = 3
 """Fewer weights than these are cast one by one: an autograd node written in Python takes longer."""
 
 Key: TypeAlias = "tuple[int, torch.dtype]"
+Outside: TypeAlias = "weakref.ref[torch.Tensor]"
 
 
 def _cast_data(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -98,7 +100,10 @@ class WeightGroups:
     ) -> None:
         self._group_of: dict[Key, Group] = {}
         # what the groups before these found to lie outside need not be looked for again
-        self._outside: dict[Key, torch.Tensor] = {} if before is None else before._outside
+        outside = {} if before is None else before._outside
+        self._outside: dict[Key, Outside] = {
+            k: ref for k, ref in outside.items() if ref() is not None
+        }
         self.outdated = False
         open_groups: dict[tuple[object, ...], Group] = {}
         for weight, dtype in _weights_below(layers):
@@ -125,8 +130,9 @@ class WeightGroups:
         group = self._group_of.get(key)
         if group is not None:
             return group.weights
-        if _groupable(weight) and self._outside.get(key) is not weight:
-            self._outside[key] = weight
+        outside = self._outside.get(key)
+        if _groupable(weight) and (outside is None or outside() is not weight):
+            self._outside[key] = weakref.ref(weight)
             self.outdated = True
         return []
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from . import masters, registry
 from .casting import cast_call, cast_nested
-from .copies import calls, forget_entry
+from .copies import calls, forget_entries
 from .direct import has_short_way, short_way
 from .plan import ATTRIBUTE, LayerPlan, plan_of
 from .rules import LEFT_ALONE, SWITCHES
@@ -74,14 +74,14 @@ def attach(module: nn.Module, plan: LayerPlan, policied: type | None) -> None:
     module.__dict__[ATTRIBUTE] = plan
     if policied is not None:
         module.__class__ = policied
-    forget_entry(module)
+    forget_entries()
 
 
 def detach(module: nn.Module) -> None:
     """Give the module its own class back."""
     module.__dict__.pop(ATTRIBUTE, None)
     module.__class__ = plain_class(type(module))
-    forget_entry(module)
+    forget_entries()
 
 
 def _make_class(base: type, reads: tuple[str, ...]) -> type:
@@ -251,7 +251,7 @@ def _suits(module: nn.Module, plan: LayerPlan, x: Any) -> bool:
 
 def _apply(base: type) -> Forward:
     def apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forget_entry(self)  # .to(), .cuda(), .half(): weights move or change
+        forget_entries()  # .to(), .cuda(), .half(): weights move or change
         with masters.let_go(self):
             result = base._apply(self, *args, **kwargs)  # type: ignore[attr-defined]
         register_parameters(self)

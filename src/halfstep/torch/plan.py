@@ -16,6 +16,9 @@ ATTRIBUTE = "_halfstep_plan"
 """The name under which a module keeps its plan, in its ``__dict__``."""
 
 
+_OFF_CPU = ("low off cpu", "low off cpu or transformed")
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What one module does with dtypes, decided once.
@@ -71,6 +74,13 @@ class LayerPlan:
         if self.reads_where == "low off cpu or transformed" and transformed():
             return True  # torch.func cannot batch the backward of a norm of two dtypes (2.13)
         return (weight.device.type == "cpu") == (self.reads_where == "low on cpu")
+
+    def leaves(self, weight: torch.Tensor) -> bool:
+        """Whether `casts` is False for certain, asked quickly: of a norm's weights on a CPU.
+
+        Outside of the transforms of ``torch.func`` only.
+        """
+        return weight.is_cpu and self.reads_where in _OFF_CPU
 
 
 def transformed() -> bool:

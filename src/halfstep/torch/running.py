@@ -98,7 +98,7 @@ def run(forward: Forward, self: nn.Module, plan: LayerPlan, args: Any, kwargs: A
     try:
         return forward(self, *args, **kwargs)
     except RuntimeError as error:
-        _explain(error, plan)
+        explain(error, plan)
         raise
     finally:
         calls.stack.pop()
@@ -211,7 +211,7 @@ _TWO_DTYPES = (
 """What torch says, here and there, when two dtypes meet in one operation."""
 
 
-def _explain(error: RuntimeError, plan: LayerPlan) -> None:
+def explain(error: RuntimeError, plan: LayerPlan) -> None:
     """Add to torch's complaint about two dtypes where they met and what helps."""
     mixed = any(words in str(error) for words in _TWO_DTYPES)
     if not mixed or getattr(error, "__notes__", None):
