@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -98,6 +99,7 @@ def _make_class(base: type, reads: tuple[str, ...]) -> type:
         "__reduce_ex__": _reduce(base, reads),
         "forward": _forward(base),
         "_apply": _apply(base),
+        "_load_from_state_dict": _load(base),
         "__setstate__": _setstate(base),
         "register_parameter": _register_parameter(base),
     }
@@ -258,6 +260,15 @@ def _apply(base: type) -> Forward:
         return result
 
     return apply
+
+
+def _load(base: type) -> Forward:
+    def load(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # elsewhere loading copies into the parameters, which stay in their place
+        with masters.let_go(self) if masters.all_swap() else nullcontext():
+            base._load_from_state_dict(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return load
 
 
 def _setstate(base: type) -> Callable[[nn.Module, Any], None]:

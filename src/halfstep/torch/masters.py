@@ -46,6 +46,9 @@ class Kept:
     version: int
 
 
+_UNKNOWN = -1
+"""The version of no parameter: what trades places begins to count anew."""
+
 # by identity, because tensors compare elementwise; weakly, because a model may go away
 _kept: MutableMapping[Tensor, Kept] = WeakIdKeyDictionary()
 
@@ -102,13 +105,21 @@ def follow(module: nn.Module) -> None:
             wholes[name] = _kept.get(own, whole)  # it may be cut once more
 
 
+def all_swap() -> bool:
+    """Whether torch was asked to let parameters trade places in ``.to`` and ``load_state_dict``."""
+    return torch.__future__.get_swap_module_params_on_conversion()
+
+
 @contextmanager
 def let_go(module: nn.Module) -> Iterator[None]:
-    """Hold none of a module's own DTensors inside a ``with`` block, even weakly.
+    """Hold nothing of a module's that may trade places inside a ``with`` block, even weakly.
 
-    ``nn.Module.to`` lets a DTensor trade places with another, which a weak reference forbids.
+    ``nn.Module.to`` lets a DTensor trade places with another, which a weak reference forbids; and
+    so do ``.to`` and ``load_state_dict`` with every parameter, where torch is asked for it.
     """
-    own = {n: p for n, p in module._parameters.items() if p is not None and type(p) not in _PLAIN}
+    swaps = all_swap()
+    present = {name: p for name, p in module._parameters.items() if p is not None}
+    own = {name: p for name, p in present.items() if swaps or type(p) not in _PLAIN}
     kept = {name: _kept.pop(parameter) for name, parameter in own.items() if parameter in _kept}
     policies = {name: policy_of_parameter(parameter) for name, parameter in own.items()}
     for parameter in own.values():
@@ -119,9 +130,10 @@ def let_go(module: nn.Module) -> Iterator[None]:
         for name, policy in policies.items():
             there = module._parameters[name]
             if there is not None and policy is not None:
-                register(there, policy)
-                if name in kept:
+                if name in kept:  # first: who is told of the policy asks for it
+                    kept[name].version = _UNKNOWN
                     _kept[there] = kept[name]
+                register(there, policy)
 
 
 def version_of(parameter: Tensor) -> int:
@@ -132,7 +144,7 @@ def version_of(parameter: Tensor) -> int:
 
 def adopt(parameter: Tensor, update: Update, rest: Tensor) -> None:
     """Keep what was kept of the parameter that this one is a copy of."""
-    _kept[parameter] = Kept(update, rest, version_of(parameter))
+    _keep_rest(parameter, rest, update)
 
 
 def by_name(module: nn.Module) -> dict[str, tuple[Update, Tensor]]:
@@ -238,6 +250,12 @@ def add_digits(parameter: Tensor, exact: Tensor) -> None:
     elif low.dtype is torch.float32:
         fits = (exact.bfloat16().float() == low) | (exact.half().float() == low)
         parameter.copy_(torch.where(fits, exact, low))
+
+
+def recall(parameter: Tensor, before: Kept) -> None:
+    """Keep the digits that were kept under another policy, unless some are kept already."""
+    if known(parameter) is None:
+        add_digits(parameter, _joined(parameter, before))
 
 
 def float32_of(parameter: Tensor) -> Tensor | None:

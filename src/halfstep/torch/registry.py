@@ -8,6 +8,8 @@ old ones, past every method of it: those are found again by their modules.
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
+from typing import Protocol
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,9 +24,29 @@ _owners: MutableMapping[nn.Module, Policy] = WeakIdKeyDictionary()
 _PLAIN = (Tensor, nn.Parameter)
 
 
+class Follower(Protocol):
+    """What goes by the policies of parameters, and must know when they change.
+
+    It is told, and does not ask: inside ``torch.compile`` nobody can look into weak dictionaries.
+    """
+
+    def policy_changed(self, parameter: Tensor, policy: Policy | None) -> None:
+        """Take note that a parameter, its own or another's, now has this policy, or none."""
+
+
+_followers: WeakSet[Follower] = WeakSet()
+
+
+def tell(follower: Follower) -> None:
+    """Tell ``follower`` from now on, for as long as it lives, which policy a parameter gets."""
+    _followers.add(follower)
+
+
 def register(parameter: Tensor, policy: Policy) -> None:
     """Write down that ``parameter`` belongs to a layer with this policy; the last word holds."""
     _policies[parameter] = policy
+    for follower in list(_followers):
+        follower.policy_changed(parameter, policy)
 
 
 def register_module(module: nn.Module, policy: Policy) -> None:
@@ -41,7 +63,9 @@ def register_module(module: nn.Module, policy: Policy) -> None:
 
 def forget(parameter: Tensor) -> None:
     """Remove what was written down about ``parameter``, if anything was."""
-    _policies.pop(parameter, None)
+    if _policies.pop(parameter, None) is not None:
+        for follower in list(_followers):
+            follower.policy_changed(parameter, None)
 
 
 def forget_module(module: nn.Module) -> None:

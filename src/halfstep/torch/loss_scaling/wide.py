@@ -10,7 +10,7 @@ Many weights are lent at a time, but not all: what is float32 only for a step is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ...core.policy import Policy
 from ...core.policy_names import Update
 from ...errors import LossScaleError
 from ..bare_steps import lending
 from ..casting import LOW
-from ..masters import CLOSE, OPEN, Kept, agree_in_graph, kept_of, update_of, version_of, widened_all
+from ..masters import CLOSE, OPEN, Kept, agree_in_graph, kept_of, recall, version_of, widened_all
+from ..registry import policy_of_parameter, tell
 from .closures import evaluates_once
 from .gradients import groups_of
 from .guards import is_watched
@@ -43,39 +45,97 @@ class WideSide:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        self._own: list[Tensor] = []
+        self._ids: list[int] = []  # of tensors that are held here: no other one has such an id
+        self._dtypes: list[torch.dtype] = []
         self._managed: dict[int, Update] = {}
         self._kept: dict[int, Kept] = {}
-        self._dtypes: list[torch.dtype] = []
+        self._state_dtypes: dict[int, torch.dtype] = {}
+        self._unsettled: dict[int, Kept | None] = {}
         self._parts: list[Groups] = []
         self._widened: list[Tensor] = []
         self.follow()
+        tell(self)
 
     def __bool__(self) -> bool:
-        return bool(self._managed)
+        return bool(self._managed or self._unsettled)
 
     def follow(self) -> None:
-        """Look again at the parameters: policies come and go, and groups are added."""
-        groups = groups_of(self._optimizer)
-        dtypes = [p.dtype for group in groups for p in group["params"]]
-        if dtypes == self._dtypes:
-            return
-        before, self._dtypes = self._managed, dtypes
-        self._managed, self._kept, self._parts = {}, {}, []
-        for group in groups:
-            for parameter in group["params"]:
-                update = update_of(parameter)
-                if update != "plain":
-                    self._managed[id(parameter)] = update
-                    self._kept[id(parameter)] = kept_of(parameter)
-                    if id(parameter) not in before:
-                        self._widen_state(parameter)
+        """Look again at the parameters: groups are added, and dtypes change.
 
-    def _widen_state(self, parameter: Tensor) -> None:
-        # of steps that were taken before this: an average in 16 bits loses updates as a weight does
+        Of policies it is told by `policy_changed`.
+
+        Raises:
+            LossScaleError: inside ``torch.compile``, where it cannot look.
+        """
+        own = [p for group in groups_of(self._optimizer) for p in group["params"]]
+        ids, dtypes = [id(p) for p in own], [p.dtype for p in own]
+        if ids == self._ids and dtypes == self._dtypes and not self._unsettled:
+            return
+        if torch.compiler.is_compiling():
+            self._refuse_in_graph(dtypes)
+            return
+        self._own, self._ids, self._dtypes, self._parts = own, ids, dtypes, []
+        for key in self._state_dtypes.keys() - set(ids):
+            del self._state_dtypes[key]
+            self._leave(key)
+        for parameter in own:
+            self._see(parameter, policy_of_parameter(parameter))
+        self._unsettled.clear()
+
+    def policy_changed(self, parameter: Tensor, policy: Policy | None) -> None:
+        """Follow another policy of a parameter at once: a graph could not."""
+        key = id(parameter)
+        if key not in self._state_dtypes:
+            return
+        self._dtypes[self._ids.index(key)] = parameter.dtype
+        if policy is not None:
+            self._see(parameter, policy)
+            self._unsettled.pop(key, None)
+            return
+        kept = self._kept.get(key)
+        self._leave(key)
+        if self._state_dtypes[key] is not parameter.dtype:
+            # another policy may come at once, and want the state and the digits as they are
+            self._unsettled[key] = kept
+
+    def _refuse_in_graph(self, dtypes: list[torch.dtype]) -> None:
+        if self._managed or self._unsettled or any(dtype in LOW for dtype in dtypes):
+            raise LossScaleError(
+                f"The parameters of {type(self._optimizer).__name__}, or their dtypes, are others "
+                "than at the last step, which cannot be followed inside torch.compile. Take one "
+                "step outside first."
+            )
+
+    def _leave(self, key: int) -> None:
+        self._managed.pop(key, None)
+        self._kept.pop(key, None)
+
+    def _see(self, parameter: Tensor, policy: Policy | None) -> None:
+        key, dtype = id(parameter), parameter.dtype
+        managed = key in self._managed
+        self._leave(key)
+        if policy is not None and policy.update != "plain" and dtype in LOW:
+            if (left := self._unsettled.get(key)) is not None:
+                recall(parameter, left)
+            self._managed[key] = policy.update
+            self._kept[key] = kept_of(parameter)
+            dtype = torch.float32
+        before = self._state_dtypes.get(key)
+        self._state_dtypes[key] = dtype
+        if key in self._managed and not managed:
+            # of steps that were taken before this: an average in 16 bits loses updates as a weight
+            self._cast_state(parameter, LOW, torch.float32)
+        elif before not in (None, dtype) and (policy is not None or key in self._unsettled):
+            self._cast_state(parameter, (before,), dtype)
+
+    def _cast_state(
+        self, parameter: Tensor, before: Collection[torch.dtype | None], dtype: torch.dtype
+    ) -> None:
         state = self._optimizer.state.get(parameter, {})
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.dtype in LOW:
-                state[name] = value.float()
+            if name != "step" and isinstance(value, Tensor) and value.dtype in before:
+                state[name] = value.to(dtype)
 
     def refuse_closure(self) -> None:
         """Raise for an optimizer that evaluates its closure itself.
