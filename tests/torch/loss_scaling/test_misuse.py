@@ -61,6 +61,24 @@ def test_a_backward_onto_gradients_that_the_last_step_left(weight, optimizer):
         optimizer.backward(weight.sum())
 
 
+def test_a_new_gradient_at_the_address_of_the_last_one():
+    """Zeros that a loop puts there may be given the memory that the last gradients had."""
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(16)]
+    optimizer = LossScaleOptimizer(torch.optim.SGD(weights, lr=0.5), 8)
+    addresses, again = set(), 0
+    for _ in range(4):
+        for weight in weights:
+            weight.grad = None
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+            again += id(weight.grad) in addresses
+        optimizer.backward(sum(weight.sum() for weight in weights))
+        optimizer.step()
+        addresses = {id(weight.grad) for weight in weights}
+    assert again, "no address came back: this tests nothing"
+    assert all(weight.tolist() == [-1.0, -1.0] for weight in weights)
+
+
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")  # torch's advice
 def test_a_backward_that_builds_a_graph_onto_gradients_of_the_last_step(weight, optimizer):
     optimizer.backward(weight.sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -95,15 +96,16 @@ class Leftovers:
 
     A gradient left over is unscaled; a backward would add a scaled one to it, and a step would
     divide it by the scale once more. Telling it from one that was cleared needs no value: a
-    cleared gradient is gone, or its version is higher as a backward begins.
+    cleared gradient is gone, or its version is higher as a backward begins. References are weak,
+    so that it can go: the next gradient may have its address, and the same version.
     """
 
     def __init__(self) -> None:
-        self._versions: dict[int, int] = {}
+        self._noted: list[tuple[weakref.ref[Tensor], int]] = []
         self._left: list[tuple[Tensor, str, Tensor, int]] = []
 
     def __bool__(self) -> bool:
-        return bool(self._versions)
+        return bool(self._noted)
 
     def note(self, optimizer: Optimizer) -> None:
         """Remember the gradients that are there now; not in a graph, where all is known before."""
@@ -111,17 +113,17 @@ class Leftovers:
             self.forget()
             return
         self._left = []
-        self._versions = {
-            id(grad): grad._version
+        self._noted = [
+            (weakref.ref(grad), grad._version)
             for group in optimizer.param_groups
             for parameter in group["params"]
             if (grad := parameter.grad) is not None
-        }
+        ]
 
     def forget(self) -> None:
         """The gradients have been cleared."""
         self._left = []
-        self._versions = {}
+        self._noted = []
 
     def check(self, optimizer: Optimizer) -> Callable[[Tensor], None]:
         """Return a hook for a scaled loss, which looks as its backward begins and as it ends.
@@ -130,13 +132,14 @@ class Leftovers:
         """
 
         def look(_: Tensor) -> None:
+            versions = {id(noted()): version for noted, version in self._noted}
             self._left = [
                 (parameter, label, parameter.grad, parameter.grad._version)
                 for parameter, label in labelled(optimizer)
                 if parameter.grad is not None
-                and self._versions.get(id(parameter.grad)) == parameter.grad._version
+                and versions.get(id(parameter.grad)) == parameter.grad._version
             ]
-            self._versions = {}
+            self._noted = []
             if self._left:
                 # runs when this backward is over
                 Variable._execution_engine.queue_callback(self._refuse_added)
