@@ -38,6 +38,9 @@ _TOOLS = (
 )
 """What is no state of an optimizer. Random numbers stay drawn: their order means nothing."""
 
+UNCHANGING = _CONSTANTS + _TOOLS
+"""What needs no putting back, or is none of an optimizer's."""
+
 _OWN = frozenset(
     """
     state param_groups defaults step grad_scale found_inf _zero_grad_profile_name _opt_called
@@ -137,7 +140,7 @@ class Inside:
         for place, group in enumerate(groups):
             self._look(group, f"param_groups[{place}]")
         self._attributes = vars(optimizer)
-        self._attributes_before = _not_own(self._attributes)
+        self._attributes_before = not_own(self._attributes)
         for name, value in self._attributes_before.items():
             self._look(value, f"its attribute {name}")
 
@@ -147,7 +150,7 @@ class Inside:
                 self.tensors[id(value)] = value
         elif isinstance(value, (dict, list, tuple)):
             self._look_into(value, where)
-        elif self.unknown is None and not isinstance(value, _CONSTANTS + _TOOLS):
+        elif self.unknown is None and not isinstance(value, UNCHANGING):
             self.unknown = f"a {type(value).__name__} in {where}"
 
     def _look_into(self, value: Any, where: str) -> None:
@@ -174,7 +177,7 @@ class Inside:
                 yield from _in_list(container, before)
             else:
                 yield from _in_dict(container, before, container)
-        now = _not_own(self._attributes)
+        now = not_own(self._attributes)
         yield from _in_dict(self._attributes, self._attributes_before, now)
 
     def removed(self) -> bool:
@@ -186,14 +189,15 @@ class Inside:
         return [(key, value) for key, value in self._states if id(value) not in now]
 
 
-def _not_own(attributes: dict[str, Any]) -> dict[str, Any]:
+def not_own(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return those attributes of an optimizer that torch itself did not give it."""
     return {name: value for name, value in attributes.items() if name not in _OWN}
 
 
 def _in_dict(container: Any, before: Any, now: Any) -> Iterator[Change]:
     for key in {**before, **now}:
         old, new = before.get(key, ABSENT), now.get(key, ABSENT)
-        if not _same(old, new):
+        if not same(old, new):
             yield Change(container, key, old, new)
 
 
@@ -202,11 +206,12 @@ def _in_list(container: Any, before: Any) -> Iterator[Change]:
         yield Resized(container, None, before, container.copy())
         return
     for place, (old, new) in enumerate(zip(before, container, strict=True)):
-        if not _same(old, new):
+        if not same(old, new):
             yield Element(container, place, old, new)
 
 
-def _same(old: Any, new: Any) -> bool:
+def same(old: Any, new: Any) -> bool:
+    """Whether an entry still holds what it held."""
     if old is new:
         return True
     return type(old) is type(new) and isinstance(old, _NUMBERS) and bool(old == new)

@@ -18,15 +18,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 
 from ...errors import LossScaleError
+from .changing import ABSENT, UNCHANGING, not_own, same
+from .closures import evaluates_once
 from .gradients import groups_of, moved
 
 Groups = list[dict[str, Any]]
 
 _TRACEABLE: dict[str, Any] = {"fused": False, "foreach": True, "capturable": True}
 """Kernels that Dynamo traces, with their counters on the device."""
+
+
+_OUTSIDE = "Leave its step outside of what is compiled."
+_MADE = "made its state", "Run one step outside first."
 
 
 def in_graph(found: Tensor) -> bool:
@@ -104,12 +111,9 @@ def step_or_undo(optimizer: Optimizer, found: Tensor, *args: Any, **kwargs: Any)
     with torch.no_grad():
         groups = _traceable(optimizer)
         _make_state(optimizer, groups)
-        before = [(tensor, tensor.detach().clone()) for tensor in _tensors(optimizer)]
-        numbers = _numbers(optimizer)
+        before = _Before(optimizer)
         result = _step(optimizer, groups, *args, **kwargs)
-        _refuse_lasting(optimizer, len(before), numbers)
-        for tensor, value in before:
-            tensor.copy_(torch.where(moved(found, tensor.device) > 0, value, tensor))
+        before.choose(found)
     return result
 
 
@@ -123,11 +127,31 @@ def _step(optimizer: Optimizer, groups: Groups, *args: Any, **kwargs: Any) -> An
     twin = _twin(optimizer)
     twin.param_groups = groups
     result = _unwrapped(type(optimizer).step)(twin, *args, **kwargs)
+    _refuse_lost(optimizer, twin, groups)
     for own, group in zip(groups_of(optimizer), groups, strict=True):
         for key, value in group.items():
             if key not in _TRACEABLE and (key not in own or own[key] is not value):
                 own[key] = value
     return result
+
+
+def _refuse_lost(optimizer: Optimizer, twin: Any, groups: Groups) -> None:
+    """Raise if the step wrote an attribute: Dynamo (2.13) writes none of an optimizer, silently."""
+    before, now = not_own(vars(optimizer)), not_own(vars(twin))
+    written = [
+        name
+        for name in {**before, **now}
+        if name != "_init_group" and not same(before.get(name, ABSENT), now.get(name, ABSENT))
+    ]
+    if twin.state is not optimizer.state:
+        written.append("state")
+    if twin.param_groups is not groups:
+        written.append("param_groups")
+    if written:
+        raise LossScaleError(
+            f"{type(optimizer).__name__} writes its attribute {written[0]} in its step, which is "
+            f"lost inside torch.compile. {_OUTSIDE}"
+        )
 
 
 def _twin(optimizer: Optimizer) -> Any:
@@ -152,6 +176,8 @@ def _make_state(optimizer: Optimizer, groups: Groups) -> None:
     if not hasattr(kind, "_init_group"):
         return
     init = _unwrapped(kind._init_group)
+    if not init.__module__.startswith("torch.optim."):  # another one may count its calls
+        return
     lists = init.__code__.co_argcount - 2  # besides the optimizer and the group
     for group in groups:
         init(optimizer, group, *[[] for _ in range(lists)])
@@ -181,36 +207,107 @@ def _make_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
         state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def _tensors(optimizer: Optimizer) -> list[Tensor]:
-    """Everything on the device that a step may change."""
+class _Before:
+    """Everything that a step may change, as it was; what `changing.Inside` is outside of graphs.
+
+    In words that Dynamo traces: nothing is known by its ``id`` here.
+
+    Raises:
+        LossScaleError: an object that cannot be looked into.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._containers: list[tuple[Any, Any, str]] = []
+        self._states = _states(optimizer)
+        for place, group in enumerate(groups_of(optimizer)):
+            self._look(group, f"param_groups[{place}]")
+        for state in self._states.values():
+            self._look(state, "state[parameter]")
+        if not evaluates_once(optimizer):
+            for name, value in not_own(vars(optimizer)).items():
+                self._look(value, f"its attribute {name}")
+
+    def _look(self, value: Any, where: str) -> None:
+        if isinstance(value, Tensor):
+            self._tensors.append((value, value.detach().clone()))
+        elif isinstance(value, (dict, list, tuple)):
+            if not isinstance(value, tuple):
+                self._containers.append((value, dict(_pairs(value)), where))
+            for key, item in _pairs(value):
+                self._look(item, _place(where, key))
+        elif not isinstance(value, UNCHANGING):
+            what = f"keeps a {type(value).__name__} in {where}"
+            raise _lasting(self._optimizer, what, _OUTSIDE)
+
+    def choose(self, found: Tensor) -> None:
+        """Put back what was, where ``found`` is 1.0.
+
+        Raises:
+            LossScaleError: for what the step made, removed, or changed on the host.
+        """
+        self._refuse_made()
+        for tensor, value in self._tensors:
+            tensor.copy_(torch.where(moved(found, tensor.device) > 0, value, tensor))
+        replaced: dict[tuple[Tensor, Tensor], Tensor] = {}
+        for container, before, where in self._containers:
+            now = dict(_pairs(container))
+            for key in {**before, **now}:
+                old, new = before.get(key, ABSENT), now.get(key, ABSENT)
+                if same(old, new):
+                    continue
+                self._refuse_lasting(old, new, _place(where, key))
+                if (old, new) not in replaced:  # one tensor in several places stays one
+                    taken_back = moved(found, new.device) > 0
+                    replaced[old, new] = torch.where(taken_back, old, new)
+                container[key] = replaced[old, new]
+
+    def _refuse_made(self) -> None:
+        now = _states(self._optimizer)
+        for key in {**self._states, **now}:
+            old, new = self._states.get(key, ABSENT), now.get(key, ABSENT)
+            if old is ABSENT and new:
+                raise _lasting(self._optimizer, *_MADE)
+            if old is not ABSENT and old is not new and (old or new):
+                raise _lasting(self._optimizer, "replaces or removes state[parameter]", _OUTSIDE)
+
+    def _refuse_lasting(self, old: Any, new: Any, where: str) -> None:
+        if isinstance(new, Tensor) and (old is ABSENT or old is None):
+            raise _lasting(self._optimizer, *_MADE)
+        if isinstance(old, (int, float)) and isinstance(new, (int, float)):
+            what = f"counts with Python numbers ({where})"
+        elif not isinstance(old, Tensor) or not isinstance(new, Tensor):
+            what = f"replaces, makes or removes {where}"
+        elif isinstance(old, Parameter) or isinstance(new, Parameter):
+            what = f"replaces a parameter, {where}"
+        elif (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+            what = f"replaces {where} by a tensor of another shape, dtype or device"
+        else:
+            return
+        raise _lasting(self._optimizer, what, _OUTSIDE)
+
+
+def _lasting(optimizer: Optimizer, what: str, instead: str) -> LossScaleError:
+    return LossScaleError(
+        f"{type(optimizer).__name__} {what} inside torch.compile, where a skipped step cannot take "
+        f"it back. {instead}"
+    )
+
+
+def _states(optimizer: Optimizer) -> dict[Any, Any]:
+    """The state of each parameter that has some."""
+    for key in optimizer.state:
+        if not isinstance(key, Tensor):
+            # Dynamo (2.13) fails inside on a dict of tensors and words
+            raise _lasting(optimizer, f"keeps state under {key!r}, not a parameter,", _OUTSIDE)
     parameters = [p for group in groups_of(optimizer) for p in group["params"]]
-    states = [optimizer.state[p] for p in parameters if p in optimizer.state]
-    return [
-        *parameters,
-        *(value for state in states for value in state.values() if isinstance(value, Tensor)),
-    ]
+    return {p: optimizer.state[p] for p in parameters if p in optimizer.state}
 
 
-def _numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Everything on the host that a step may change: what is written there, stays."""
-    groups = groups_of(optimizer)
-    parameters = [p for group in groups for p in group["params"]]
-    states = [optimizer.state[p] for p in parameters if p in optimizer.state]
-    return [
-        {key: value for key, value in values.items() if isinstance(value, (int, float))}
-        for values in [*groups, *states]
-    ]
+def _pairs(container: Any) -> Any:
+    return container.items() if isinstance(container, dict) else enumerate(container)
 
 
-def _refuse_lasting(optimizer: Optimizer, tensors: int, numbers: list[dict[str, Any]]) -> None:
-    name = type(optimizer).__name__
-    if len(_tensors(optimizer)) != tensors:
-        raise LossScaleError(
-            f"{name} made its state inside torch.compile, where a skipped step cannot take it "
-            "back. Run one step outside first."
-        )
-    if _numbers(optimizer) != numbers:
-        raise LossScaleError(
-            f"{name} counts with Python numbers, which a skipped step inside torch.compile cannot "
-            "take back. Leave its step outside of what is compiled."
-        )
+def _place(where: str, key: Any) -> str:
+    return f"{where}[{key!r}]" if isinstance(key, (str, int)) else where
