@@ -96,12 +96,14 @@ class Leftovers:
 
     A gradient left over is unscaled; a backward would add a scaled one to it, and a step would
     divide it by the scale once more. Telling it from one that was cleared needs no value: a
-    cleared gradient is gone, or its version is higher as a backward begins. References are weak,
-    so that it can go: the next gradient may have its address, and the same version.
+    cleared gradient is gone, or its version is higher as a backward begins. A weak reference says
+    that it is gone, for the next one may have its address and its version; but none is held to
+    what ``nn.Module.to`` lets trade places, which that forbids (DTensors; all, where torch is
+    asked for it).
     """
 
     def __init__(self) -> None:
-        self._noted: list[tuple[weakref.ref[Tensor], int]] = []
+        self._noted: list[tuple[int, int, weakref.ref[Tensor] | None]] = []
         self._left: list[tuple[Tensor, str, Tensor, int]] = []
 
     def __bool__(self) -> bool:
@@ -113,8 +115,13 @@ class Leftovers:
             self.forget()
             return
         self._left = []
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
         self._noted = [
-            (weakref.ref(grad), grad._version)
+            (
+                id(grad),
+                grad._version,
+                weakref.ref(grad) if type(grad) is Tensor and not swaps else None,
+            )
             for group in optimizer.param_groups
             for parameter in group["params"]
             if (grad := parameter.grad) is not None
@@ -132,7 +139,11 @@ class Leftovers:
         """
 
         def look(_: Tensor) -> None:
-            versions = {id(noted()): version for noted, version in self._noted}
+            versions = {
+                key: version
+                for key, version, there in self._noted
+                if there is None or there() is not None
+            }
             self._left = [
                 (parameter, label, parameter.grad, parameter.grad._version)
                 for parameter, label in labelled(optimizer)
