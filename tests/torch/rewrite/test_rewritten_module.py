@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -51,6 +53,24 @@ def test_a_copy_is_compiled_for_its_own_module_under_the_same_policies(copied):
     assert {(row.path, row.dtype) for row in rows if row.flops} == {
         ("first", "bfloat16"), ("second", "float32"),
     }  # fmt: skip
+
+
+def test_a_model_can_be_pickled_where_fabric_notes_how_it_was_compiled():
+    """Importing Fabric replaces torch.compile, for good: so here it is done in another process."""
+    pytest.importorskip("lightning_fabric")
+    program = """
+import pickle, torch
+import lightning_fabric.wrappers
+from halfstep.torch import autocast
+
+model = torch.nn.Linear(8, 8)
+compiled = autocast(model, backend="aot_eager")
+out = compiled(torch.ones(1, 8))
+assert compiled._compile_kwargs["backend"] is not None
+assert not hasattr(pickle.loads(pickle.dumps(model)), "_compile_kwargs")
+assert torch.equal(pickle.loads(pickle.dumps(compiled))(torch.ones(1, 8)), out)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("wrapped", [lambda model: model, lambda model: lambda x: model(x)])

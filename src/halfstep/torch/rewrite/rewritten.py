@@ -34,6 +34,7 @@ class RewrittenModule(OptimizedModule):
 
 
 _AFTER, _MADE_BY = "_halfstep_after_first_call", "_halfstep_made_by"
+_NOTED_BY_FABRIC = "_compile_kwargs"
 
 
 def become_rewritten(
@@ -50,3 +51,8 @@ def become_rewritten(
     object.__setattr__(module, "__class__", RewrittenModule)
     # past the module's own __setattr__, which would write to the model
     module.__dict__.update({_AFTER: after, _MADE_BY: (make, argument)})
+    # and so it did for Fabric, whose torch.compile notes its arguments: a backend is in them, and
+    # the model could be saved no more
+    noted = module._orig_mod.__dict__.pop(_NOTED_BY_FABRIC, None)
+    if noted is not None:
+        module.__dict__[_NOTED_BY_FABRIC] = noted
