@@ -22,6 +22,9 @@ SPARSE = frozenset(
 
 LOW = frozenset((torch.float16, torch.bfloat16))
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""The types of tensors that are no subclass with ways of its own, as a DTensor is one."""
+
 
 def dtype_named(name: str) -> torch.dtype:
     """Return the torch dtype of a policy's dtype name.

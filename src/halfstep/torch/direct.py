@@ -91,11 +91,8 @@ def short_way(base: type, long_way: Forward) -> Forward:
             weight: Tensor | None = parameters["weight"]
             bias: Tensor | None = parameters["bias"]
             if weight is not None and not plan.leaves(weight):
-                low = copies.made(weight, plan.compute)
-                weight = copied(self, plan, copies, weight) if low is None else low
-                if bias is not None:
-                    low = copies.made(bias, plan.compute)
-                    bias = copied(self, plan, copies, bias) if low is None else low
+                weight = copied(self, plan, copies, weight)
+                bias = None if bias is None else copied(self, plan, copies, bias)
             return operation(self, x, weight, bias)
         except RuntimeError as error:
             explain(error, plan)

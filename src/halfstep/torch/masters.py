@@ -23,12 +23,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.policy_names import Update
-from .casting import LOW
+from .casting import LOW, PLAIN
 from .registry import forget as forget_policy
 from .registry import policy_of_parameter, register
 from .shards import cut_like, local, locals_of
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 @dataclass
@@ -98,9 +96,9 @@ def follow(module: nn.Module) -> None:
     wholes = _whole.get(module, {})
     for name, whole in list(wholes.items()):
         own = module._parameters.get(name)
-        if own is None or (_kept.get(own) is not whole and type(own) in _PLAIN):
+        if own is None or (_kept.get(own) is not whole and type(own) in PLAIN):
             del wholes[name]
-        elif type(own) not in _PLAIN and own not in _kept:
+        elif type(own) not in PLAIN and own not in _kept:
             _pass_on(own, whole)
             wholes[name] = _kept.get(own, whole)  # it may be cut once more
 
@@ -119,7 +117,7 @@ def let_go(module: nn.Module) -> Iterator[None]:
     """
     swaps = all_swap()
     present = {name: p for name, p in module._parameters.items() if p is not None}
-    own = {name: p for name, p in present.items() if swaps or type(p) not in _PLAIN}
+    own = {name: p for name, p in present.items() if swaps or type(p) not in PLAIN}
     kept = {name: _kept.pop(parameter) for name, parameter in own.items() if parameter in _kept}
     policies = {name: policy_of_parameter(parameter) for name, parameter in own.items()}
     for parameter in own.values():
@@ -139,7 +137,7 @@ def let_go(module: nn.Module) -> Iterator[None]:
 def version_of(parameter: Tensor) -> int:
     """Return a number that grows with every write to a parameter, or to its own shard."""
     version = parameter._version
-    return version if type(parameter) in _PLAIN else version + local(parameter)._version
+    return version if type(parameter) in PLAIN else version + local(parameter)._version
 
 
 def adopt(parameter: Tensor, update: Update, rest: Tensor) -> None:
@@ -178,7 +176,7 @@ def known(parameter: Tensor) -> Kept | None:
 
     Of a shard that is at first its part of what was kept of the whole.
     """
-    if parameter not in _kept and type(parameter) not in _PLAIN and _whole:
+    if parameter not in _kept and type(parameter) not in PLAIN and _whole:
         for module in list(_whole):
             follow(module)
     return _kept.get(parameter)

@@ -17,11 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..core.loss_scale import LossScale, NoLossScale
 from ..core.policy import Policy
 from ..errors import PolicyError
+from .casting import PLAIN
 
 # by identity, because tensors compare elementwise; weakly, because a model may go away
 _policies: MutableMapping[Tensor, Policy] = WeakIdKeyDictionary()
 _owners: MutableMapping[nn.Module, Policy] = WeakIdKeyDictionary()
-_PLAIN = (Tensor, nn.Parameter)
 
 
 class Follower(Protocol):
@@ -89,10 +89,10 @@ def policy_of_parameter(parameter: Tensor) -> Policy | None:
     True
     """
     policy = _policies.get(parameter)
-    if policy is None and type(parameter) not in _PLAIN and _owners:
+    if policy is None and type(parameter) not in PLAIN and _owners:
         for module, its in list(_owners.items()):
             if any(
-                type(own) not in _PLAIN for own in module._parameters.values() if own is not None
+                type(own) not in PLAIN for own in module._parameters.values() if own is not None
             ):
                 register_module(module, its)
         policy = _policies.get(parameter)

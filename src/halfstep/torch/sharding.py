@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .shards import local
+
 MARK = "_is_fsdp_managed_module"
 """What ``fully_shard`` writes into every module whose parameters it shards (for Dynamo, too)."""
 
@@ -67,11 +69,6 @@ def _transposed(low: torch.Tensor) -> torch.Tensor:
     return low.permute(*reversed(range(low.dim())))
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a DTensor is its local part's."""
-    return getattr(tensor, "_local_tensor", tensor)
-
-
 @dataclass(frozen=True)
 class _Looks:
     """How a copy looked when it was made."""
@@ -84,7 +81,7 @@ class _Looks:
     @classmethod
     def of(cls, low: torch.Tensor) -> _Looks:
         """Return the looks of a copy."""
-        return cls(low.shape, low.stride(), low.dtype, _local(low) is low)
+        return cls(low.shape, low.stride(), low.dtype, local(low) is low)
 
     def view_as(self, saved: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """How ``saved`` looks at the copy's memory; None for a DTensor seen in a rare way."""
@@ -147,7 +144,7 @@ class Recasts:
         """Return a new copy of a gathered weight."""
         low = weight.to(dtype)
         if low.requires_grad:
-            storage = _local(low).untyped_storage()
+            storage = local(low).untyped_storage()
             # weakly, which also keeps its address from being given to another one
             reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             self._made[storage._cdata] = (reference, weight, _Looks.of(low))
@@ -174,10 +171,10 @@ class Recasts:
         return _Kept(tensor.detach(), tensor._version)
 
     def _note(self, tensor: torch.Tensor) -> Note | None:
-        local = _local(tensor)
-        if local.layout is not torch.strided or not self._made:
+        part = local(tensor)
+        if part.layout is not torch.strided or not self._made:
             return None
-        made = self._made.get(local.untyped_storage()._cdata)
+        made = self._made.get(part.untyped_storage()._cdata)
         if made is None or made[0].expired():  # type: ignore[no-untyped-call]
             return None
         _, weight, looks = made

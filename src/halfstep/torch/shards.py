@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import PolicyError
 from . import registry
-
-_PLAIN = (Tensor, nn.Parameter)
+from .casting import PLAIN
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -24,12 +23,12 @@ def is_dtensor(tensor: Tensor) -> bool:
     >>> is_dtensor(torch.ones(2))
     False
     """
-    return type(tensor) not in _PLAIN and hasattr(tensor, "_local_tensor")
+    return type(tensor) not in PLAIN and hasattr(tensor, "_local_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a DTensor, without a copy; any other tensor as it is."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return tensor
     part: Tensor = getattr(tensor, "_local_tensor", tensor)
     return part

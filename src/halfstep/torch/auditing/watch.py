@@ -15,7 +15,7 @@ from ...core.advice import LOSS, Constant, Product, Range, Reduction
 from ..blaming.looking import tensors_in, values_of
 from ..blaming.operations import ALLOCATIONS, Kind, base_name, kind_of
 from ..blaming.places import Place, Places
-from ..casting import LOW
+from ..casting import LOW, PLAIN
 from .operations import (
     REDUCTIONS,
     dtype_name,
@@ -286,7 +286,4 @@ class KeptBytes:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta and type(tensor) in _PLAIN
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    return tensor.layout is torch.strided and not tensor.is_meta and type(tensor) in PLAIN

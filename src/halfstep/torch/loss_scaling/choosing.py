@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..casting import PLAIN
 from .gradients import Bucket, moved
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """As which numbers the bits of an element are handled, by its bytes."""
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is no subclass, and its values lie in one strided memory."""
-    return type(tensor) in _PLAIN and tensor.layout is torch.strided
+    return type(tensor) in PLAIN and tensor.layout is torch.strided
 
 
 def plain_tensors(tensor: Tensor) -> list[Tensor]:
@@ -29,7 +28,7 @@ def plain_tensors(tensor: Tensor) -> list[Tensor]:
     Itself, of a plain one; this rank's shard of a DTensor; codes and scales of a quantized one.
     """
     made_of: Any = tensor
-    if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(made_of):
+    if type(tensor) not in PLAIN and is_traceable_wrapper_subclass(made_of):
         names, _ = made_of.__tensor_flatten__()
         parts = [getattr(tensor, name) for name in names]
         # a DTensor names its mesh too

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from ..casting import PLAIN
 from ..shards import is_dtensor
 
 DEVICES = ("cpu", "cuda", "xpu")
@@ -25,7 +26,6 @@ DEVICES = ("cpu", "cuda", "xpu")
 _KINDS = (Adam, AdamW, SGD, Adagrad)
 _SGD_STEP = inspect.unwrap(SGD.step)
 _STEPS = {inspect.unwrap(kind.step) for kind in _KINDS}
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 Settings = dict[str, Any]
 
@@ -172,10 +172,7 @@ def _allows_fused(optimizer: Optimizer) -> bool:
         and len(kinds) == 1
         and kinds <= set(DEVICES)
         # a step of DTensors is one of their shards: see `shard_lending`
-        and all(
-            (type(p) in _PLAIN_TENSORS or is_dtensor(p)) and p.is_floating_point()
-            for p in parameters
-        )
+        and all((type(p) in PLAIN or is_dtensor(p)) and p.is_floating_point() for p in parameters)
     )
 
 
