@@ -232,6 +232,32 @@ def test_a_finite_mask_stays_finite_and_infinities_stay(dtype):
     assert FiniteCast(torch.float16)(learnt).isinf(), "an activation that overflows must show it"
 
 
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (torch.bfloat16, torch.float16),
+        (torch.float32, torch.float16),
+        (torch.float64, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.bfloat16),
+    ],
+)
+def test_a_finite_cast_changes_nothing_but_what_would_overflow(source, target):
+    from halfstep.torch.casting import FiniteCast
+
+    ends = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 6e-8, 1e-40], dtype=source)
+    scales = 2.0 ** torch.arange(-140, 128, dtype=torch.float64)
+    values = torch.cat([torch.randn(64).outer(scales).flatten().to(source), ends])
+    cast, plain = FiniteCast(target)(values), values.to(target)
+    assert torch.equal(cast.isinf(), values.isinf())
+    kept = plain.isfinite() | values.isinf()
+    assert torch.equal(cast[kept], plain[kept])
+    assert torch.equal(cast.signbit(), values.signbit())
+    # a bfloat16 has no 65504; the largest number below it that it has is 65280
+    largest = 65280 if source is torch.bfloat16 else torch.finfo(target).max
+    assert (cast[~kept].abs() == largest).all()
+
+
 @pytest.mark.parametrize("functional", ["autocast", "compute"])
 def test_a_row_that_is_masked_whole_is_not_nan(functional):
     attention = nn.MultiheadAttention(8, 2, batch_first=True)

@@ -38,6 +38,25 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
+def _held(source: torch.dtype, target: torch.dtype) -> tuple[float, float]:
+    """Return the largest number of ``source`` that ``target`` has too, and a factor.
+
+    The factor is the smallest normal number of ``source``: times it, only infinity is above 4.
+    """
+    limit = torch.tensor(torch.finfo(target).max, dtype=source)
+    if limit.item() > torch.finfo(target).max:  # bfloat16 rounds float16's 65504 up
+        limit = torch.nextafter(limit, torch.zeros_like(limit))
+    return limit.item(), torch.finfo(source).tiny
+
+
+_HELD = {
+    (source, target): _held(source, target)
+    for source in FLOATS
+    for target in FLOATS
+    if torch.finfo(source).max > torch.finfo(target).max
+}
+"""What :class:`FiniteCast` needs where a format has finite numbers that another one has not."""
+
 Convert = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -71,12 +90,12 @@ class FiniteCast(Cast):
         """Return the tensor in ``dtype``, finite where it was finite."""
         if tensor.dtype is self.dtype or tensor.dtype not in FLOATS or tensor.layout in SPARSE:
             return tensor
-        limit = torch.finfo(self.dtype).max
-        constant = not tensor.requires_grad and torch.finfo(tensor.dtype).max > limit
-        if not constant or tensor.is_nested:
+        held = None if tensor.requires_grad else _HELD.get((tensor.dtype, self.dtype))
+        if held is None or tensor.is_nested:
             return tensor.to(self.dtype)
-        held = torch.where(tensor.isinf(), tensor, tensor.clamp(-limit, limit))
-        return held.to(self.dtype)
+        limit, tiny = held
+        # what is added vanishes in the rounding, and makes infinities of what was clamped from one
+        return tensor.clamp(-limit, limit).add_(tensor, alpha=tiny).to(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
