@@ -159,7 +159,7 @@ def traffic():
     ways = {"fsdp2": fsdp_last, "tensor parallel": tensor_last}
     if dist.get_world_size() == 4:
         ways = {"fsdp2 x tensor parallel": two_dimensions}
-    free, host.FREE = host.FREE, frozenset()
+    free, host.CPU_IS_FREE = host.CPU_IS_FREE, False
     try:
         return {
             (name, kind.__name__, max_norm): second_step(make, kind, max_norm, name)
@@ -171,7 +171,7 @@ def traffic():
             for name, make in ways.items()
         }
     finally:
-        host.FREE = free
+        host.CPU_IS_FREE = free
 
 
 def second_step(make, kind, max_norm, name, skip="auto"):

@@ -214,7 +214,7 @@ def test_two_devices_worth_of_flags_still_skip():
 
 @pytest.mark.parametrize(("fused", "reads"), [(True, 0), (False, 1)])
 def test_host_reads_are_upstreams(kit, fused, reads, monkeypatch):
-    monkeypatch.setattr(host, "FREE", frozenset())
+    monkeypatch.setattr(host, "CPU_IS_FREE", False)
     weight, optimizer = _setup(torch.optim.SGD, fused=fused)
     scaler = GradScaler("cpu")
     with kit.reads() as counter:

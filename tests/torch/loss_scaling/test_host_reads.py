@@ -36,7 +36,7 @@ def _bare_reads(kit, case, fused):
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     """Take the way of an accelerator, whose memory the host does not see."""
-    monkeypatch.setattr(host, "FREE", frozenset())
+    monkeypatch.setattr(host, "CPU_IS_FREE", False)
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.1])

@@ -23,7 +23,7 @@ INF, NAN = float("inf"), float("nan")
 @pytest.fixture(autouse=True)
 def as_on_a_device(monkeypatch):
     """Take the way of an accelerator, whose memory the host does not see."""
-    monkeypatch.setattr(host, "FREE", frozenset())
+    monkeypatch.setattr(host, "CPU_IS_FREE", False)
 
 
 def _wrapped(kit, case, skip, sparse=False, policy=None, variant="without_grad", **options):
@@ -217,7 +217,7 @@ def test_the_copies_are_gone_when_the_step_is_over(kit, monkeypatch):
 
 
 def test_a_cpu_needs_no_copies(kit, monkeypatch):
-    monkeypatch.setattr(host, "FREE", frozenset({"cpu"}))
+    monkeypatch.setattr(host, "CPU_IS_FREE", True)
     monkeypatch.setattr(undoing.Undo, "step", None)
     case = next(case for case in kit.cases if case.name == "NAdam")
     net, optimizer = _wrapped(kit, case, "device")

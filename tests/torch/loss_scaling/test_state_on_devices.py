@@ -24,7 +24,7 @@ RULES = [
 @pytest.fixture(params=["free", "elsewhere"])
 def way(request, monkeypatch):
     if request.param == "elsewhere":
-        monkeypatch.setattr(host, "FREE", frozenset())
+        monkeypatch.setattr(host, "CPU_IS_FREE", False)
     return request.param
 
 
@@ -41,7 +41,7 @@ def test_every_way_is_the_rule(rule, way):
 
 
 def test_few_launches_where_nothing_can_be_read(monkeypatch, counts):
-    monkeypatch.setattr(host, "FREE", frozenset())
+    monkeypatch.setattr(host, "CPU_IS_FREE", False)
     state = ScaleState(DynamicLossScale(), DynamicLossScale().init(float))
     state.advance(torch.tensor(0.0))
     found = torch.tensor(1.0)
@@ -63,8 +63,8 @@ def test_none_where_it_can(counts):
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_the_same_training_either_way(kit, fused_case, max_norm, monkeypatch):
     ends = []
-    for free in (host.FREE, frozenset()):
-        monkeypatch.setattr(host, "FREE", free)
+    for free in (True, False):
+        monkeypatch.setattr(host, "CPU_IS_FREE", free)
         net = kit.net()
         optimizer = LossScaleOptimizer(
             fused_case.make(kit.groups(net, "plain")), 64, max_norm=max_norm

@@ -19,7 +19,7 @@ INF, NAN = float("inf"), float("nan")
 @pytest.fixture(autouse=True)
 def as_on_a_device(monkeypatch):
     """Take the way of an accelerator, whose memory the host does not see."""
-    monkeypatch.setattr(host, "FREE", frozenset())
+    monkeypatch.setattr(host, "CPU_IS_FREE", False)
 
 
 class Keeping(Optimizer):

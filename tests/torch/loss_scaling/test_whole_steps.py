@@ -175,7 +175,7 @@ def test_what_a_cuda_graph_would_capture_reads_nothing_and_is_remembered(kit, mo
     inputs = [torch.linspace(-1, 1 + step, 16).reshape(4, 4) for step in range(STEPS)]
     sizes = [torch.tensor(torch.inf if step == OVERFLOW else 1.0) for step in range(STEPS)]
     with monkeypatch.context() as patched, kit.reads() as counter:
-        patched.setattr("halfstep.torch.loss_scaling.host.FREE", frozenset())
+        patched.setattr("halfstep.torch.loss_scaling.host.CPU_IS_FREE", False)
         patched.setattr(traced, "in_graph", lambda found: True)
         for batch, size in zip(inputs, sizes, strict=True):
             whole(*ours, batch, size)

@@ -219,13 +219,13 @@ def _norms(bucket: list[Tensor], order: float) -> Tensor:
 def _seen_finite(grads: Gradients, scale: Tensor) -> bool:
     """Whether the host sees for free that all gradients are finite; False says nothing.
 
-    By 2-norms, which are not finite if a gradient is not (or is above 1e19, or the like).
+    By a sum or by 2-norms, which are not finite if a gradient is not (or is very large).
     """
     buckets = grads.buckets.values()
     if not is_free(scale) or not all(is_free(bucket[0]) for bucket in buckets):
         return False
-    divisor = number(scale)
-    return all(math.isfinite(_size(bucket) / divisor) for bucket in buckets)
+    # divided by less than 1, what is finite may not stay so
+    return number(scale) >= 1 and all(math.isfinite(_size(bucket)) for bucket in buckets)
 
 
 def _size(bucket: list[Tensor]) -> float:
@@ -233,9 +233,7 @@ def _size(bucket: list[Tensor]) -> float:
     if sum(grad.numel() for grad in bucket) > FEW:
         return number(_norms(bucket, 2.0).amax())
     flat: Tensor = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]
-    return number(
-        torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
-    )
+    return number(flat.sum(dtype=torch.float32 if flat.dtype in LOW else None))
 
 
 def _largest(bucket: list[Tensor]) -> Tensor:

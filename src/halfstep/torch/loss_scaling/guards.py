@@ -144,11 +144,17 @@ class Leftovers:
                 for key, version, there in self._noted
                 if there is None or there() is not None
             }
-            self._left = [
-                (parameter, label, parameter.grad, parameter.grad._version)
-                for parameter, label in labelled(optimizer)
+            left = {
+                id(parameter): (parameter.grad, parameter.grad._version)
+                for group in optimizer.param_groups
+                for parameter in group["params"]
                 if parameter.grad is not None
                 and versions.get(id(parameter.grad)) == parameter.grad._version
+            }
+            self._left = [
+                (parameter, label, *left[id(parameter)])
+                for parameter, label in (labelled(optimizer) if left else ())
+                if id(parameter) in left
             ]
             self._noted = []
             if self._left:

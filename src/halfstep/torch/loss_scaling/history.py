@@ -42,7 +42,7 @@ class _HostReader:
     """Reads a CPU tensor where it lies: no copy, no dispatch, no `item()`."""
 
     def send(self, step: int, packed: Tensor) -> None:
-        self._arrived: tuple[int, Row] = (step, packed.detach().numpy().tolist())
+        self._arrived: tuple[int, Row] = (step, packed.tolist())
 
     def arrived(self, wait: bool) -> Iterator[tuple[int, Row]]:
         yield self._arrived

@@ -58,8 +58,8 @@ class ScaleState:
         """
         packed = self.on(found.device)
         if taken is None and is_free(packed):
-            values = packed.numpy()
-            values[:] = self.rule.update(LossScaleState(*values.tolist()), number(found) == 0)
+            before = LossScaleState(*packed.tolist())
+            packed.numpy()[:] = self.rule.update(before, number(found) == 0)
             return packed
         if taken is None and _fits_torch(self.rule):
             return _advance_as_torch(packed, self.rule, found)
