@@ -15,8 +15,9 @@ import torch
 from . import pages, suite
 from .compiling import compiled_steps
 from .machine import describe, sentence, slug
+from .whole_steps import whole_steps
 
-PARTS = ("host_reads", "accumulation", "host_time", "steps", "compiled")
+PARTS = ("host_reads", "accumulation", "host_time", "steps", "compiled", "whole_steps")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -48,6 +49,7 @@ def steps(options: argparse.Namespace) -> None:
         "host_time": lambda: suite.host_time(options.device, options.seconds, print, only),
         "steps": lambda: suite.steps(options.device, options.seconds, print, only),
         "compiled": lambda: compiled_steps(options.device, options.seconds / 2, print, only),
+        "whole_steps": lambda: whole_steps(options.device, options.seconds / 2, print, only),
     }
     parts = list(measured) if options.part is None else [options.part]
     results = {"machine": machine, "micro_batches": suite.MICRO_BATCHES}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
-from .styles import OURS, Optimizing, Style
+from .styles import COMPARED, Optimizing, Style
 from .workloads import Batch, Workload
 
 aten = torch.ops.aten
@@ -285,25 +285,14 @@ def time_together(
         steps: steps of one measurement.
         fewest: rounds at least.
     """
-    for training in trainings:
-        training.step()
-    took: dict[str, list[float]] = {training.style.name: [] for training in trainings}
-    begin = time.perf_counter()
-    order = list(trainings)
-    gc.collect()
-    gc.disable()
-    try:
-        while len(took[trainings[0].style.name]) < fewest or time.perf_counter() - begin < seconds:
-            for training in order:
-                took[training.style.name].append(_time(training, steps))
-            order.append(order.pop(0))
-    finally:
-        gc.enable()
+    contenders = {training.style.name: training.step for training in trainings}
+    device = trainings[0].device
+    took = in_turns(contenders, device, seconds=seconds, steps=steps, fewest=fewest)
     base = took[trainings[0].style.name]
     return {
         training.style.name: Timing(
             statistics.median(took[training.style.name]),
-            _ratio(took[training.style.name], base),
+            ratio(took[training.style.name], base),
             _to_amp(training.style, trainings, took),
             len(base),
         )
@@ -311,24 +300,50 @@ def time_together(
     }
 
 
+def in_turns(
+    contenders: Mapping[str, Callable[[], None]],
+    device: str,
+    *,
+    seconds: float,
+    steps: int,
+    fewest: int,
+) -> dict[str, list[float]]:
+    """Return how long a step of each took, in seconds, once a round; as `time_together` does."""
+    for step in contenders.values():
+        step()
+    took: dict[str, list[float]] = {name: [] for name in contenders}
+    begin = time.perf_counter()
+    order = list(contenders)
+    gc.collect()
+    gc.disable()
+    try:
+        while len(took[order[0]]) < fewest or time.perf_counter() - begin < seconds:
+            for name in order:
+                took[name].append(_time(contenders[name], device, steps))
+            order.append(order.pop(0))
+    finally:
+        gc.enable()
+    return took
+
+
 def _to_amp(
     style: Style, trainings: Sequence[Training], took: Mapping[str, list[float]]
 ) -> Ratio | None:
-    if style.kind not in OURS:
+    if style.kind not in COMPARED:
         return None
     styles = (training.style for training in trainings)
     rivals = [s.name for s in styles if s.kind == "torch.amp" and s.dtype is style.dtype]
-    return _ratio(took[style.name], took[rivals[0]]) if rivals else None
+    return ratio(took[style.name], took[rivals[0]]) if rivals else None
 
 
-def _time(training: Training, steps: int) -> float:
+def _time(step: Callable[[], None], device: str, steps: int) -> float:
     # processor time on a CPU: what else runs on the machine does not count in it
-    clock = time.process_time if training.device == "cpu" else time.perf_counter
-    synchronize(training.device)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    synchronize(device)
     begin = clock()
     for _ in range(steps):
-        training.step()
-    synchronize(training.device)
+        step()
+    synchronize(device)
     return (clock() - begin) / steps
 
 
@@ -338,7 +353,8 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize(torch.device(device))
 
 
-def _ratio(times: list[float], others: list[float]) -> Ratio:
+def ratio(times: list[float], others: list[float]) -> Ratio:
+    """Return the median and the quartiles of one series over another, round by round."""
     ratios = [mine / other for mine, other in zip(times, others, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return Ratio(middle, low, high)

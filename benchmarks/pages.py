@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from . import whole_steps
 from .machine import sentence
 from .styles import RIVALS
 from .tables import Table
@@ -187,9 +188,7 @@ MEASURES: tuple[tuple[str, Callable[[Row], float]], ...] = (
 REASONS: tuple[str, ...] = (
     "Every module with a policy runs a few lines of Python around its forward, and every step "
     "makes the weights' copies by a Python autograd node; `torch.autocast` is written in C++.",
-    "As (1), and `LossScaleOptimizer` computes the norm, the verdict and the next scale from "
-    "small tensor operations, where `GradScaler` has a kernel for each and reads the verdict on "
-    "the host.",
+    "As (1), and what `LossScaleOptimizer` does around the optimizer's step is Python too.",
     "Not explained: the host's part, (1) or (2), is smaller than this difference.",
 )
 """Why halfstep is slower or needs more."""
@@ -202,6 +201,7 @@ TABLES |= {
     "host_time": host_table,
     "accumulation": accumulation_table,
     "compiled": compiled_table,
+    "whole_steps": whole_steps.table,
     "host_reads": reads_table,
 }
 
@@ -307,6 +307,7 @@ def page(results: Row, gpus: Sequence[str] = ()) -> str:
         ("Host time", HOST_TIME, host_table(results)),
         ("Gradient accumulation", ACCUMULATION, accumulation_table(results)),
         ("Compiled", COMPILED, compiled_table(results)),
+        ("A whole step in one graph", whole_steps.ABOUT, whole_steps.table(results)),
         ("Host reads", HOST_READS, reads_table(results)),
         ("Where halfstep is worse", WORSE, worse_table(results)),
     ):
@@ -323,7 +324,10 @@ LSTM runs as the small operations that it is made of."""
 
 HOST_TIME = """
 Models so small that a step is what the host does: Python, dispatch and launches. A GPU that waits
-for its host waits this long. Made by `python -m benchmarks --part host_time`."""
+for its host waits this long. *16 bits throughout* is no mixed precision: weights, gradients and
+optimizer in 16 bits, no policy, no loss scale, and two casts, of the inputs and of the outputs. No
+mixed precision of these layers can take less. What else the host can save it saves in
+[one graph](#a-whole-step-in-one-graph). Made by `python -m benchmarks --part host_time`."""
 
 ACCUMULATION = """
 Between the micro-batches of a step no weight changes; `weights_unchanged` says so, and their

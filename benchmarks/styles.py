@@ -16,15 +16,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from halfstep.torch import LossScaleOptimizer, apply_policy, autocast
 
+from .optimizing import Amp, Halfstep, Optimizing, Plain
+
 LOW = (torch.float16, torch.bfloat16)
 
 Kind = Literal[
     "float32", "torch.amp", "torch.amp, CUDA's lists", "halfstep", "halfstep, CUDA's lists",
-    "halfstep, skip='device'", "halfstep rewrite", "Fabric", "Transformer Engine",
-    "torchao float8",
+    "halfstep, skip='device'", "halfstep rewrite", "16 bits throughout", "Fabric",
+    "Transformer Engine", "torchao float8",
 ]  # fmt: skip
 Functional = Literal["autocast", "compute"]
-OURS = frozenset(("halfstep", "halfstep rewrite"))
+COMPARED = frozenset(("halfstep", "halfstep rewrite", "16 bits throughout"))
 """The kinds whose time is compared with torch.amp's."""
 
 RIVALS: dict[str, Kind] = {
@@ -167,65 +169,6 @@ class Style:
         return FAMILIES[self.kind].scaled(optimizer, device, max_norm)
 
 
-class Plain:
-    """A step without a loss scale."""
-
-    def __init__(self, optimizer: Optimizer, max_norm: float | None) -> None:
-        self.optimizer, self.max_norm = optimizer, max_norm
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def update(self) -> None:
-        """What follows the backward pass, but for clearing the gradients."""
-        if self.max_norm is not None:
-            nn.utils.clip_grad_norm_(_parameters(self.optimizer), self.max_norm)
-        self.optimizer.step()
-
-    def step(self) -> None:
-        self.update()
-        self.optimizer.zero_grad()
-
-
-class Amp(Plain):
-    """A step with torch.amp.GradScaler."""
-
-    def __init__(
-        self, optimizer: Optimizer, scaler: torch.amp.GradScaler, max_norm: float | None
-    ) -> None:
-        super().__init__(optimizer, max_norm)
-        self.scaler = scaler
-
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-
-    def update(self) -> None:
-        if self.max_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(_parameters(self.optimizer), self.max_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-
-class Halfstep(Plain):
-    """A step with halfstep's LossScaleOptimizer, which clips by itself."""
-
-    optimizer: LossScaleOptimizer
-
-    def __init__(self, optimizer: LossScaleOptimizer) -> None:
-        super().__init__(optimizer, None)
-
-    def backward(self, loss: Tensor) -> None:
-        self.optimizer.backward(loss)
-
-
-Optimizing = Plain
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 Overrides = Mapping[str, str] | None
 Prepare = Callable[[nn.Module, Style, Overrides], nn.Module]
 Context = Callable[[Style, str], AbstractContextManager[Any]]
@@ -251,6 +194,30 @@ def _policied(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module
 
 def _rewritten(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module:
     return autocast(model, f"mixed_{style.word}", backend=style.backend or "inductor")
+
+
+class Throughout(nn.Module):
+    """A model with 16-bit weights, between a cast of its inputs and one of its outputs.
+
+    It is no mixed precision, and it does not train well. It makes no cast that can be left out and
+    has no policy, so that no mixed precision of the same layers takes less time on the host.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model.to(dtype), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.model(x.to(self.dtype))
+        return result.float()
+
+
+def _throughout(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module:
+    return Throughout(model, style.dtype)
+
+
+def _unscaled(optimizer: Optimizer, device: str, max_norm: float | None) -> Plain:
+    return Plain(optimizer, max_norm)
 
 
 def _transformer_engine(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module:
@@ -342,6 +309,7 @@ FAMILIES: dict[Kind, Family] = {
     "halfstep, CUDA's lists": Family(_policied, _cuda_lists_inside, _loss_scaled),
     "halfstep, skip='device'": Family(_policied, _nothing, _skipping_on_device),
     "halfstep rewrite": Family(_rewritten, _nothing, _loss_scaled, compiles=True),
+    "16 bits throughout": Family(_throughout, _nothing, _unscaled),
     # its optimizer_step is GradScaler's step and update
     "Fabric": Family(context=_fabric, needs="lightning_fabric"),
     "Transformer Engine": Family(_transformer_engine, needs="transformer_engine"),

@@ -14,7 +14,7 @@ from halfstep.torch import weights_unchanged
 from halfstep.torch.loss_scaling import host
 
 from .measures import Counts, MakeOptimizer, Training, count, start, time_together
-from .styles import RIVALS, Style, styles_of
+from .styles import LOW, RIVALS, Style, styles_of
 from .workloads import TINY, Workload, workloads_for
 
 Row = dict[str, Any]
@@ -67,6 +67,7 @@ def host_time(device: str, seconds: float, say: Say, only: Names = None) -> list
     for workload in chosen(TINY, only):
         say(f"{workload.name}: {workload.about}")
         styles = [style for style in styles_of(device) if style.timed]
+        styles += [Style("16 bits throughout", dtype) for dtype in LOW]
         trainings = [start(workload, style, device) for style in styles]
         times = time_together(trainings, seconds=seconds, steps=5, fewest=9)
         rows += [
@@ -159,12 +160,12 @@ def _reads(
 @contextmanager
 def _as_on_an_accelerator() -> Iterator[None]:
     """Take no way that only a CPU has: its memory is the host's own, and read for nothing."""
-    free = host.FREE
-    vars(host)["FREE"] = frozenset()
+    free = host.CPU_IS_FREE
+    vars(host)["CPU_IS_FREE"] = False
     try:
         yield
     finally:
-        vars(host)["FREE"] = free
+        vars(host)["CPU_IS_FREE"] = free
 
 
 def _row(workload: Workload, style: Style) -> Row:
