@@ -123,11 +123,16 @@ def gather(optimizer: Optimizer, allow_float16: bool = False) -> Gradients:
             grad = parameter.grad
             if grad is None:
                 continue
-            if parameter.dtype in LOW:
+            dtype = parameter.dtype
+            if dtype in LOW:
                 found.low = True
                 if not allow_float16 and not torch.compiler.is_compiling():
                     _refuse_low(optimizer, parameter)
-            _add(found, parameter, grad)
+            usual = type(grad) is Tensor and grad.dtype is dtype and dtype in FLOATS
+            if usual and grad.layout is torch.strided and grad.numel():
+                found.buckets.setdefault((grad.device, dtype), []).append(grad)
+            else:
+                _add_unusual(found, parameter, grad)
     return found
 
 
@@ -136,12 +141,7 @@ def _refuse_low(optimizer: Optimizer, parameter: Tensor) -> None:
         raise Float16ParameterError(_float16_message(label_of(optimizer, parameter)))
 
 
-def _add(found: Gradients, parameter: Tensor, grad: Tensor) -> None:
-    dtype = grad.dtype
-    as_usual = type(grad) is Tensor and dtype is parameter.dtype and dtype in FLOATS
-    if as_usual and grad.layout is torch.strided and grad.numel():
-        found.buckets.setdefault((grad.device, dtype), []).append(grad)
-        return
+def _add_unusual(found: Gradients, parameter: Tensor, grad: Tensor) -> None:
     if grad.dtype != parameter.dtype and found.foreign is None and update_of(parameter) == "plain":
         found.foreign = parameter
     ways = None
@@ -177,6 +177,8 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
     A copy to the CPU must be waited for: what it copies into could be read too early.
     """
+    if tensor.device == device:
+        return tensor
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
@@ -288,7 +290,7 @@ def judge(grads: Gradients, scale: Tensor, max_norm: float | None, home: torch.d
         home: the device of the verdict.
     """
     if max_norm is None and _seen_finite(grads, scale):
-        return Verdict(torch.zeros((), device=home), scale, None)
+        return Verdict(torch.zeros_like(scale), scale, None)
     order = math.inf if max_norm is None else 2.0
     norm = norm_of(grads, order, home) / scale
     found = (norm - norm).ne_(0).to(torch.float32)  # 0 if the norm is finite, else NaN: 1
