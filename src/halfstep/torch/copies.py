@@ -38,10 +38,11 @@ about where it is used can make it wrong. (A plain tuple: many are made in every
 """
 
 
-def _copies_of(weights: list[torch.Tensor], lows: list[torch.Tensor]) -> Iterator[Copy]:
-    """Note copies of weights that were made together."""
-    plain = all(type(weight) is nn.Parameter for weight in weights)
-    if not plain or any(map(torch.Tensor.is_inference, weights)):
+def _copies_of(
+    weights: list[torch.Tensor], lows: list[torch.Tensor], parameters: bool
+) -> Iterator[Copy]:
+    """Note copies of weights that were made together; of parameters, or of other tensors too."""
+    if not parameters or any(map(torch.Tensor.is_inference, weights)):
         looks = map(_looks, weights)
         return (
             (weight, low, *look, False)
@@ -123,18 +124,22 @@ class WeightCopies:
         group = [] if _one_by_one() else _alike(weight, self._groups.find(weight, dtype))
         if len(group) < SMALL_GROUP:
             low = weight.to(dtype)
-            self._remember([weight], dtype, [low])
+            parameter = type(weight) is nn.Parameter
+            if parameter or not self._kept:
+                self._remember([weight], dtype, [low], parameter)
             return low
-        lows = cast_weights(group, dtype)
-        self._remember(group, dtype, lows)
-        return next(low for of, low in zip(group, lows, strict=True) if of is weight)
+        self._remember(group, dtype, cast_weights(group, dtype), True)
+        return self._copies[id(weight), dtype][1]
 
     def _remember(
-        self, weights: list[torch.Tensor], dtype: torch.dtype, lows: list[torch.Tensor]
+        self,
+        weights: list[torch.Tensor],
+        dtype: torch.dtype,
+        lows: list[torch.Tensor],
+        parameters: bool,
     ) -> None:
-        if not self._kept or all(type(weight) is nn.Parameter for weight in weights):
-            keys = [(id(weight), dtype) for weight in weights]
-            self._copies.update(zip(keys, _copies_of(weights, lows), strict=True))
+        keys = [(id(weight), dtype) for weight in weights]
+        self._copies.update(zip(keys, _copies_of(weights, lows, parameters), strict=True))
         if self._watched is None or transformed():
             return
         for weight, low in zip(weights, lows, strict=True):
