@@ -54,10 +54,20 @@ EAGER = (
     Style("halfstep", F16, "compute"),
     Style("halfstep", BF16, "autocast"),
     Style("halfstep", BF16, "compute"),
+    Style("halfstep masters", BF16),
+    Style("halfstep Kahan", BF16),
     Style("Fabric", F16),
     Style("Fabric", BF16),
     Style("Transformer Engine", BF16),
 )
+
+IN_A_STREAM = Style("halfstep", BF16, "autocast", cast_forward_inputs=True)
+"""For models whose float32 inputs are the beginning of a residual stream."""
+
+
+def eager(sized: Sized) -> tuple[Style, ...]:
+    """Return the eager styles of a workload."""
+    return (*EAGER, IN_A_STREAM) if sized.workload.stream else EAGER
 
 
 def compiled(backend: str) -> tuple[Style, ...]:
@@ -148,7 +158,7 @@ def measure_all(options: argparse.Namespace, peak: float | None, end: float) -> 
     """Measure every row, the compiled ones last; each has an equal share of the time left."""
     sized = only(workloads(options.tiny), options.only)
     backend = "aot_eager" if options.tiny else "inductor"
-    todo = [(each, style) for each in sized for style in EAGER]
+    todo = [(each, style) for each in sized for style in eager(each)]
     # the last workloads compile fastest
     todo += [] if options.eager else [(e, s) for e in sized[::-1] for s in compiled(backend)]
     rows: list[Row] = []

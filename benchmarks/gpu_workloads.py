@@ -146,6 +146,7 @@ def _llama(tiny: bool) -> Workload:
         lambda: llama(layers, width, heads, groups, hidden),
         lambda: (torch.randn(batch, length, width), torch.randn(batch, length, width)),
         _mean_square,
+        stream=True,
     )
 
 

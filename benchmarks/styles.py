@@ -22,8 +22,8 @@ LOW = (torch.float16, torch.bfloat16)
 
 Kind = Literal[
     "float32", "torch.amp", "torch.amp, CUDA's lists", "halfstep", "halfstep, CUDA's lists",
-    "halfstep, skip='device'", "halfstep rewrite", "16 bits throughout", "Fabric",
-    "Transformer Engine", "torchao float8",
+    "halfstep, skip='device'", "halfstep masters", "halfstep Kahan", "halfstep rewrite",
+    "16 bits throughout", "Fabric", "Transformer Engine", "torchao float8",
 ]  # fmt: skip
 Functional = Literal["autocast", "compute"]
 COMPARED = frozenset(("halfstep", "halfstep rewrite", "16 bits throughout"))
@@ -164,9 +164,10 @@ class Style:
         self, optimizer: Optimizer, device: str, max_norm: float | None = None
     ) -> Optimizing:
         """Return how this style takes a step with an optimizer."""
-        if not self.scales:
+        family = FAMILIES[self.kind]
+        if not self.scales and not family.always:
             return Plain(optimizer, max_norm)
-        return FAMILIES[self.kind].scaled(optimizer, device, max_norm)
+        return family.scaled(optimizer, device, max_norm)
 
 
 Overrides = Mapping[str, str] | None
@@ -189,6 +190,16 @@ def _policied(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module
         model, f"mixed_{style.word}", overrides, functional=style.functional,
         cast_forward_inputs=style.cast_forward_inputs,
     )  # fmt: skip
+    return _compiled(model, style, overrides)
+
+
+def _masters(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module:
+    apply_policy(model, f"master_{style.word}", overrides)
+    return _compiled(model, style, overrides)
+
+
+def _kahan(model: nn.Module, style: Style, overrides: Overrides) -> nn.Module:
+    apply_policy(model, f"kahan_{style.word}", overrides)
     return _compiled(model, style, overrides)
 
 
@@ -278,6 +289,10 @@ def _loss_scaled(optimizer: Optimizer, device: str, max_norm: float | None) -> P
     return Halfstep(LossScaleOptimizer(optimizer, "dynamic", max_norm=max_norm))
 
 
+def _wrapped(optimizer: Optimizer, device: str, max_norm: float | None) -> Plain:
+    return Halfstep(LossScaleOptimizer(optimizer, max_norm=max_norm))  # what the policy wants
+
+
 def _skipping_on_device(optimizer: Optimizer, device: str, max_norm: float | None) -> Plain:
     return Halfstep(LossScaleOptimizer(optimizer, "dynamic", max_norm=max_norm, skip="device"))
 
@@ -290,6 +305,7 @@ class Family:
         prepare: makes the model what is trained.
         context: what a forward pass and its loss run in.
         scaled: how a step is taken with a loss scale; without one it is the optimizer's own.
+        always: whether a step is taken so without a loss scale too.
         needs: the module that must be installed.
         compiles: whether it has no eager form.
     """
@@ -297,6 +313,7 @@ class Family:
     prepare: Prepare = _compiled
     context: Context = _autocast
     scaled: Scaled = _grad_scaler
+    always: bool = False
     needs: str | None = None
     compiles: bool = False
 
@@ -308,6 +325,8 @@ FAMILIES: dict[Kind, Family] = {
     "halfstep": Family(_policied, _nothing, _loss_scaled),
     "halfstep, CUDA's lists": Family(_policied, _cuda_lists_inside, _loss_scaled),
     "halfstep, skip='device'": Family(_policied, _nothing, _skipping_on_device),
+    "halfstep masters": Family(_masters, _nothing, _wrapped, always=True),
+    "halfstep Kahan": Family(_kahan, _nothing, _wrapped, always=True),
     "halfstep rewrite": Family(_rewritten, _nothing, _loss_scaled, compiles=True),
     "16 bits throughout": Family(_throughout, _nothing, _unscaled),
     # its optimizer_step is GradScaler's step and update

@@ -24,16 +24,13 @@ Names = Collection[str] | None
 
 MICRO_BATCHES = 8
 
-STREAMS = frozenset(("gpt-explicit", "gpt-fused", "llama"))
-"""Workloads whose float32 inputs are the beginning of a residual stream."""
-
 
 def steps(device: str, seconds: float, say: Say, only: Names = None) -> list[Row]:
     """Casts, bytes and time of a step, for every workload in every style."""
     rows: list[Row] = []
     for workload in chosen(workloads_for(device), only):
         say(f"{workload.name}: {workload.about}")
-        styles = styles_of(device, workload.name in STREAMS)
+        styles = styles_of(device, workload.stream)
         started = [_started(workload, style, device) for style in styles]
         able = [training for training, _, why in started if why is None]
         times = time_together([t for t in able if t.style.timed], seconds=seconds)
@@ -82,7 +79,7 @@ def accumulation(device: str, say: Say, only: Names = None) -> list[Row]:
     rows: list[Row] = []
     for workload in chosen(workloads_for(device), only):
         say(f"{workload.name}, {MICRO_BATCHES} micro-batches a step")
-        for style in styles_of(device, workload.name in STREAMS):
+        for style in styles_of(device, workload.stream):
             if style.dtype is not torch.bfloat16:
                 continue
             for kept in (False, True) if style.kind in RIVALS else (False,):

@@ -25,6 +25,7 @@ class Workload:
         model: builds it.
         batch: makes inputs and targets.
         loss: of the model's output and the targets.
+        stream: whether its float32 inputs are the beginning of a residual stream.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Workload:
     model: Callable[[], nn.Module]
     batch: Callable[[], Batch]
     loss: Callable[[Tensor, Tensor], Tensor]
+    stream: bool = False
 
     def build(self, device: str) -> nn.Module:
         """Return the model, with the same weights at every call."""
@@ -259,6 +261,7 @@ def _gpt(name: str, fused: bool, sizes: Sizes) -> Workload:
         lambda: _blocks(4, sizes.width, 4, fused),
         lambda: (torch.randn(shape), torch.randn(shape)),
         _mean_square,
+        stream=True,
     )
 
 
@@ -318,6 +321,7 @@ def _llama(sizes: Sizes) -> Workload:
         lambda: llama(4, sizes.width, 4, 2, 2 * sizes.width),
         lambda: (torch.randn(shape), torch.randn(shape)),
         _mean_square,
+        stream=True,
     )
 
 

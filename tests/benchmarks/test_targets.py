@@ -192,13 +192,36 @@ def test_counts_are_compared_with_the_same_lists():
 
 def test_inputs_are_cast_where_they_start_a_residual_stream():
     from benchmarks.styles import styles_of
-    from benchmarks.suite import STREAMS
     from benchmarks.workloads import workloads_for
 
-    assert {each.name for each in workloads_for("cpu")} >= STREAMS
+    for workload in workloads_for("cpu"):
+        inputs, _ = workload.data("cpu")
+        assert not workload.stream or inputs.is_floating_point(), workload.name
     plain, streams = styles_of("cpu"), styles_of("cpu", streams=True)
     assert not any(style.cast_forward_inputs for style in plain)
     more = {style.name for style in streams} - {style.name for style in plain}
     kinds = ("halfstep", "halfstep, CUDA's lists")
     words = ("float16", "bfloat16")
     assert more == {f"{kind} {word}, autocast, inputs cast" for kind in kinds for word in words}
+
+
+def test_nothing_is_cast_in_between_where_all_has_16_bits():
+    everything = counted("mlp", "16 bits throughout")
+    assert casts(everything) == 3, "of the inputs, of the outputs and of their gradient"
+    assert everything.groups == 0
+
+
+def test_memory_styles_keep_16_bit_weights_and_train():
+    from benchmarks.measures import start
+    from benchmarks.styles import Style
+    from benchmarks.workloads import workloads_for
+
+    mlp = next(each for each in workloads_for("cpu") if each.name == "mlp")
+    for kind in ("halfstep masters", "halfstep Kahan"):
+        training = start(mlp, Style(kind, BF16))
+        weights = list(training.model.parameters())
+        before = [weight.detach().clone() for weight in weights]
+        for _ in range(3):
+            training.step()
+        assert {weight.dtype for weight in weights} == {BF16}, kind
+        assert not any(map(torch.equal, before, weights)), kind
