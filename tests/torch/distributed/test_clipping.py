@@ -18,6 +18,13 @@ WAYS = (
     "tensor parallel, policy last",
     "sequence parallel",
 )
+FOUR_WAYS = (
+    "ddp",
+    "fsdp2, policy first",
+    "fsdp2 x tensor parallel",
+    "fsdp2, hybrid",
+    "fsdp2, hybrid, policy last",
+)
 
 
 def check(ranks, way, policy):
@@ -37,7 +44,7 @@ def test_two_processes_clip_like_one_and_like_torch(two, way, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("way", ["ddp", "fsdp2, policy first", "fsdp2 x tensor parallel"])
+@pytest.mark.parametrize("way", FOUR_WAYS)
 def test_four_processes_clip_like_one_and_like_torch(four, way, policy):
     check(four, way, policy)
 

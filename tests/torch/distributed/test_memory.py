@@ -41,6 +41,8 @@ def test_two_processes_train_like_one(two, way, policy):
         "fsdp2, policy first",
         "fsdp2 x tensor parallel",
         "fsdp2 x tensor parallel, policy first",
+        "fsdp2, hybrid",
+        "fsdp2, hybrid, policy last",
     ],
 )
 def test_four_processes_train_like_one(four, way, policy):

@@ -20,6 +20,15 @@ WAYS = (
 )
 
 
+FOUR_WAYS = (
+    "ddp",
+    "fsdp2, policy first",
+    "fsdp2 x tensor parallel",
+    "fsdp2, hybrid",
+    "fsdp2, hybrid, policy last",
+)
+
+
 @pytest.mark.parametrize("kind", ["losses", "scaled losses"])
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_train_like_one(two, way, kind):
@@ -28,7 +37,7 @@ def test_two_processes_train_like_one(two, way, kind):
         assert found[way] == pytest.approx(found["one process"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2, policy first", "fsdp2 x tensor parallel"])
+@pytest.mark.parametrize("way", FOUR_WAYS)
 def test_four_processes_train_like_one(four, way):
     for rank in four:
         found = rank["losses"]

@@ -137,6 +137,17 @@ def two_dimensions_last(policy):
     return shard(model, mesh["data"])
 
 
+def hybrid(policy):
+    """Sharded over two ranks, and replicated over the two pairs of them (HSDP)."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return shard(apply_policy(build(), policy, OVERRIDES), mesh)
+
+
+def hybrid_last(policy):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return apply_policy(shard(build(), mesh), policy, OVERRIDES)
+
+
 TWO = {
     "ddp": ddp,
     "fsdp2, policy last": fsdp_first,
@@ -156,7 +167,13 @@ MEMORY = {
     "tensor parallel, policy first": tensor_last,
     "tensor parallel, policy last": tensor_first,
 }
-FOUR = {"ddp": ddp, "fsdp2, policy first": fsdp_last, "fsdp2 x tensor parallel": two_dimensions}
+FOUR = {
+    "ddp": ddp,
+    "fsdp2, policy first": fsdp_last,
+    "fsdp2 x tensor parallel": two_dimensions,
+    "fsdp2, hybrid": hybrid,
+    "fsdp2, hybrid, policy last": hybrid_last,
+}
 MEMORY_FOUR = FOUR | {"fsdp2 x tensor parallel, policy first": two_dimensions_last}
 SIXTEEN = {
     "ddp, float16 hook": lambda policy: ddp(policy, default_hooks.fp16_compress_hook),
