@@ -94,7 +94,7 @@ class FiniteCast(Cast):
         if held is None or tensor.is_nested:
             return tensor.to(self.dtype)
         limit, tiny = held
-        # what is added vanishes in the rounding, and makes infinities of what was clamped from one
+        # the sum changes no finite number, and makes infinite again what was clamped from infinity
         return tensor.clamp(-limit, limit).add_(tensor, alpha=tiny).to(self.dtype)
 
 
