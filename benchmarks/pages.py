@@ -189,8 +189,8 @@ REASONS: tuple[str, ...] = (
     "Every module with a policy runs a few lines of Python around its forward, and every step "
     "makes the weights' copies by a Python autograd node; `torch.autocast` is written in C++.",
     "As (1), and what `LossScaleOptimizer` does around the optimizer's step is Python too.",
-    "A part is the host's, (1) or (2): 0.1 to 0.5 ms where it is measured alone, on the tiny models. "
-    "The rest of these 1 to 2 % is not explained.",
+    "A part is the host's, (1) or (2): 0.1 to 0.5 ms where it is measured alone, on the tiny "
+    "models. The rest of these 1 to 2 % is not explained.",
 )
 """Why halfstep is slower or needs more."""
 
