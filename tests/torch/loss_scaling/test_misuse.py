@@ -235,3 +235,25 @@ def test_the_registry_does_not_keep_parameters_alive():
 def test_a_given_scale_wins_over_the_policies(weight, value, rule):
     registry.register(weight, Policy("mixed_bfloat16"))
     assert LossScaleOptimizer(torch.optim.SGD([weight]), value).loss_scale == rule
+
+
+def test_gradients_of_their_own_do_not_hide_what_the_last_step_left():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = LossScaleOptimizer(torch.optim.SGD([weight], lr=0.1), 64)
+    optimizer.backward(weight.square().sum())
+    optimizer.step()
+    torch.autograd.grad(optimizer.scale(weight.square().sum()), [weight])
+    with pytest.raises(LossScaleError, match="still had the gradient of the last step"):
+        optimizer.backward(weight.square().sum())
+
+
+def test_complex_gradients_that_are_conjugated_in_words_only():
+    start = torch.tensor([1 + 2j, 3 - 1j])
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizer = LossScaleOptimizer(torch.optim.SGD([ours], lr=0.1), 64)
+    optimizer.backward(ours.conj().abs().sum())
+    assert ours.grad.is_conj(), "the case in question"
+    optimizer.step()
+    theirs.conj().abs().sum().backward()
+    torch.optim.SGD([theirs], lr=0.1).step()
+    torch.testing.assert_close(ours.detach(), theirs.detach())

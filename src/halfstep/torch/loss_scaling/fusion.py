@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -61,9 +62,58 @@ def is_fused(optimizer: Optimizer) -> bool:
     return has_fused_kernels(optimizer) and all(g.get("fused") for g in optimizer.param_groups)
 
 
+_checked: WeakKeyDictionary[Optimizer, list[tuple[int, tuple[int, ...]]]] = WeakKeyDictionary()
+"""The parameters, by identity and strides, whose state was seen to lie in memory as they do."""
+
+
+def layouts_fit(optimizer: Optimizer) -> bool:
+    """Whether every parameter that has a gradient lies in memory as its gradient and state do.
+
+    The fused kernels walk them all as flat memory, whatever their strides: a contiguous state
+    beside a channels-last weight has the wrong elements updated on a CPU, without a word, and is an
+    error on a GPU (torch 2.13). The other kernels of torch.optim take any layout.
+    """
+    parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    strides = [parameter.stride() for parameter in parameters]
+    if strides != [parameter.grad.stride() for parameter in parameters] and not all(
+        _lie_alike(parameter, parameter.grad) for parameter in parameters
+    ):
+        return False
+    now = list(zip(map(id, parameters), strides, strict=True))
+    known = _checked.get(optimizer)
+    if known != now:
+        if not all(_fits_its_state(optimizer, parameter) for parameter in parameters):
+            return False
+        if known is None:
+            optimizer.register_load_state_dict_post_hook(_forget_layouts)
+        _checked[optimizer] = now
+    return True
+
+
+def _forget_layouts(optimizer: Optimizer) -> None:
+    _checked[optimizer] = []  # what was loaded has the layout that it was saved in
+
+
+def _fits_its_state(optimizer: Optimizer, parameter: Tensor) -> bool:
+    # only of a tensor without gaps and overlaps is the copy laid out as it is
+    dense = torch.empty_like(parameter, device="meta")
+    kept = [
+        value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor)
+    ]
+    return all(
+        _lie_alike(parameter, value) for value in (dense, *kept) if value.shape == parameter.shape
+    )
+
+
+def _lie_alike(one: Tensor, other: Tensor) -> bool:
+    # where a dimension has one element, its stride says nothing
+    pairs = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(a == b for size, a, b in pairs if size > 1)
+
+
 @contextmanager
 def unfused(optimizer: Optimizer) -> Iterator[None]:
-    """Run the plain kernels of SGD inside a ``with`` block (the others keep counters on device)."""
+    """Run the plain kernels inside a ``with`` block; counters stay where they are."""
     groups = optimizer.param_groups
     settings = [_settings(group) for group in groups]
     for group in groups:

@@ -154,6 +154,8 @@ def _add_unusual(found: Gradients, parameter: Tensor, grad: Tensor) -> None:
         found.sharded = True
         grad, ways = part_of_gradient(parameter, grad)
     if grad.is_complex():
+        if grad.is_conj():
+            grad = parameter.grad = grad.resolve_conj()
         grad = torch.view_as_real(grad)
     if grad.numel():
         key: Bucket = (grad.device, grad.dtype)

@@ -156,7 +156,9 @@ class Leftovers:
                 for parameter, label in (labelled(optimizer) if left else ())
                 if id(parameter) in left
             ]
-            self._noted = []
+            # one that adds nothing, torch.autograd.grad's, leaves them to the next
+            still = {id(grad) for grad, _ in left.values()}
+            self._noted = [noted for noted in self._noted if noted[0] in still]
             if self._left:
                 # runs when this backward is over
                 Variable._execution_engine.queue_callback(self._refuse_added)

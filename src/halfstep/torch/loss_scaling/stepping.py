@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from . import traced
 from .changing import Inside
-from .fusion import has_fused_kernels, is_fused, is_sgd, late_momentum, unfused
+from .fusion import has_fused_kernels, is_fused, is_sgd, late_momentum, layouts_fit, unfused
 from .gradients import Gradients, divide_
 from .guards import is_watched
 from .host import is_free, number
@@ -114,7 +114,7 @@ def skips_on_device(optimizer: Optimizer, grads: Gradients) -> bool:
         )
     if not is_fused(optimizer) or grads.sparse or grads.foreign is not None:
         return False
-    return not (is_sgd(optimizer) and late_momentum(optimizer))
+    return layouts_fit(optimizer) and not (is_sgd(optimizer) and late_momentum(optimizer))
 
 
 def _on_device(
