@@ -176,6 +176,11 @@ def _sequence(value: Any, cast: Convert) -> Any:
         return type(value)(*new)
     if isinstance(value, deque):
         return deque(new, value.maxlen)
+    made_otherwise = getattr(type(value).__new__, "__code__", None)  # by a class's own __new__
+    if isinstance(value, tuple) and made_otherwise is not None:
+        result = tuple.__new__(type(value), new)
+        vars(result).update(getattr(value, "__dict__", {}))
+        return result
     return type(value)(new)
 
 
@@ -186,6 +191,10 @@ def _mapping(value: Any, cast: Convert) -> Any:
         return value
     # A shallow copy keeps the class, its default factory and its own attributes. Items are set
     # one by one because a class like transformers' ModelOutput mirrors them as attributes.
+    if type(value) is dict:  # Dynamo does not trace copies of these two
+        return dict(zip(value, new, strict=True))
+    if type(value) is defaultdict:
+        return defaultdict(value.default_factory, zip(value, new, strict=True))
     result = copy.copy(value)
     for key, item in zip(list(value), new, strict=True):
         result[key] = item

@@ -86,12 +86,13 @@ class WeightCopies:
             in each call is another tensor each time.
     """
 
-    __slots__ = ("_copies", "_groups", "_kept", "_watched")
+    __slots__ = ("_copies", "_groups", "_kept", "_made", "_watched")
 
     def __init__(self, groups: WeightGroups, watch: bool = False, kept: bool = False) -> None:
         self._groups = groups
         self._kept = kept
         self._copies: dict[Key, Copy] = {}
+        self._made: dict[Key, tuple[list[torch.Tensor], list[torch.Tensor], int]] = {}
         self._watched: list[tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]] | None = (
             [] if watch else None
         )
@@ -104,6 +105,7 @@ class WeightCopies:
     def clear(self) -> None:
         """Forget every copy."""
         self._copies.clear()
+        self._made.clear()
 
     def outdate(self) -> None:
         """Have the next call look at the model anew: it was sharded since the last look."""
@@ -139,12 +141,27 @@ class WeightCopies:
         parameters: bool,
     ) -> None:
         keys = [(id(weight), dtype) for weight in weights]
+        if parameters and not lows[0].is_inference():
+            self._made[keys[0]] = weights, lows, lows[0]._version
         self._copies.update(zip(keys, _copies_of(weights, lows, parameters), strict=True))
         if self._watched is None or transformed():
             return
         for weight, low in zip(weights, lows, strict=True):
             if type(weight) is nn.Parameter:
                 self._watched.append((weight, low, low.data_ptr(), _sum_of_bits(low)))
+
+    def written_in_place(self) -> list[torch.Tensor]:
+        """Return the weights whose copies count more writes than when they were made.
+
+        Asked after every call, for nothing on the device; ``.data`` and inference tensors do not
+        count their writes.
+        """
+        return [
+            weight
+            for weights, lows, version in self._made.values()
+            for weight, low in zip(weights, lows, strict=True)
+            if low._version != version
+        ]
 
     def written_to(self) -> list[torch.Tensor]:
         """Return the weights whose copies were changed since they were made (if watched).

@@ -21,7 +21,7 @@ SMALL_GROUP = 3
 """Fewer weights than these are cast one by one: an autograd node written in Python takes longer."""
 
 Key: TypeAlias = "tuple[int, torch.dtype]"
-Outside: TypeAlias = "weakref.ref[torch.Tensor]"
+Reference: TypeAlias = "weakref.ref[torch.Tensor]"
 
 
 def _cast_data(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -81,9 +81,9 @@ def _groupable(tensor: torch.Tensor) -> bool:
 
 @dataclass
 class Group:
-    """Weights that are cast together, and their bytes."""
+    """Weights that are cast together, while they are anybody's, and their bytes."""
 
-    weights: list[torch.Tensor] = field(default_factory=list)
+    weights: list[Reference] = field(default_factory=list)
     size: int = 0
 
 
@@ -98,10 +98,10 @@ class WeightGroups:
     def __init__(
         self, layers: Iterable[nn.Module] = (), before: WeightGroups | None = None
     ) -> None:
-        self._group_of: dict[Key, Group] = {}
+        self._group_of: dict[Key, tuple[Reference, Group]] = {}
         # what the groups before these found to lie outside need not be looked for again
         outside = {} if before is None else before._outside
-        self._outside: dict[Key, Outside] = {
+        self._outside: dict[Key, Reference] = {
             k: ref for k, ref in outside.items() if ref() is not None
         }
         self.outdated = False
@@ -116,9 +116,10 @@ class WeightGroups:
             bytes_here = weight.numel() * weight.element_size()
             if group is None or group.size + bytes_here > GROUP_BYTES:
                 group = open_groups[kind] = Group()
-            group.weights.append(weight)
+            reference = weakref.ref(weight)
+            group.weights.append(reference)
             group.size += bytes_here
-            self._group_of[key] = group
+            self._group_of[key] = reference, group
 
     def find(self, weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         """Return the weights that are cast together with this one; empty if it is in no group.
@@ -127,9 +128,9 @@ class WeightGroups:
         made (or lies outside of it): the groups are then made anew, once.
         """
         key = (id(weight), dtype)
-        group = self._group_of.get(key)
-        if group is not None:
-            return group.weights
+        known = self._group_of.get(key)
+        if known is not None and known[0]() is weight:  # else its address was another's
+            return [own for reference in known[1].weights if (own := reference()) is not None]
         outside = self._outside.get(key)
         if _groupable(weight) and (outside is None or outside() is not weight):
             self._outside[key] = weakref.ref(weight)

@@ -10,6 +10,7 @@ where they are, so ``state_dict``, optimizers and everything else that asks for 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -22,7 +23,7 @@ from . import masters, registry
 from .casting import cast_call, cast_nested
 from .copies import calls, forget_entries
 from .direct import has_short_way, short_way
-from .plan import ATTRIBUTE, LayerPlan, plan_of
+from .plan import ATTRIBUTE, LayerPlan, plan_of, traced, transformed
 from .rules import LEFT_ALONE, SWITCHES
 from .running import (
     Forward,
@@ -33,6 +34,7 @@ from .running import (
     run_outermost,
     self_device,
 )
+from .writes import Return, returns
 
 _BASE = "_halfstep_base"
 _KEPT = "_halfstep_kept"
@@ -227,16 +229,32 @@ def _forward(base: type) -> Forward:
             and _suits(self, plan, args[0])
         ):
             return base.forward(self, args[0])  # type: ignore[attr-defined]
+        given = args, kwargs
         if plan.inputs is not None:
             args, kwargs = cast_call(args, kwargs, plan.inputs)
         if torch.compiler.is_compiling():
-            way = run_compiling
+            result = run_compiling(base.forward, self, plan, args, kwargs)  # type: ignore[attr-defined]
         else:
+            back = () if passive or plan.inputs is None else _back(given, args, kwargs)
             way = run if calls.stack else run_outermost
-        result = way(base.forward, self, plan, args, kwargs)  # type: ignore[attr-defined]
+            result = way(base.forward, self, plan, args, kwargs)  # type: ignore[attr-defined]
+            for bring in back:
+                bring()
         return result if plan.result is None else cast_nested(result, plan.result)
 
     return forward
+
+
+def _back(
+    given: tuple[tuple[Any, ...], dict[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Return, ...]:
+    """Return what brings the writes to cast arguments back to the caller."""
+    same = all(map(operator.is_, given[0], args))
+    if same and all(value is kwargs[name] for name, value in given[1].items()):
+        return ()
+    if transformed() or traced():
+        return ()
+    return tuple(returns(given, (args, kwargs)))
 
 
 def _suits(module: nn.Module, plan: LayerPlan, x: Any) -> bool:
@@ -265,7 +283,10 @@ def _apply(base: type) -> Forward:
 def _load(base: type) -> Forward:
     def load(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         # elsewhere loading copies into the parameters, which stay in their place
-        with masters.let_go(self) if masters.all_swap() else nullcontext():
+        swaps = masters.all_swap()
+        if swaps:
+            forget_entries()  # nothing may hold a reference to what trades places
+        with masters.let_go(self) if swaps else nullcontext():
             base._load_from_state_dict(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     return load

@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..core.policy import Policy
 from .casting import FLOATS, Cast
 from .region import Region
+from .rules import LEFT_ALONE
 
 ATTRIBUTE = "_halfstep_plan"
 """The name under which a module keeps its plan, in its ``__dict__``."""
@@ -66,6 +67,8 @@ class LayerPlan:
         in that tensor's dtype anyway, and a temperature or a logit scale keeps its digits.
         """
         if weight.dtype is self.compute or weight.dtype not in FLOATS:
+            return False
+        if self.rule == LEFT_ALONE:
             return False
         if isinstance(weight, UninitializedParameter) or weight.dim() == 0:
             return False

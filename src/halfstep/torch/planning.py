@@ -172,9 +172,11 @@ def _plan_module(
 
 def _for_variables(rule: Rule, policy: Policy) -> Rule:
     """A float32 input fits a float32 weight: 16-bit variables are met in 16 bits everywhere."""
-    if rule.inputs == "float32 on cpu" and dtype_named(policy.variable_dtype) in LOW:
+    if dtype_named(policy.variable_dtype) not in LOW:
+        return rule
+    if rule.inputs == "float32 on cpu":
         return replace(rule, inputs="cast", weights="low")
-    return rule
+    return replace(rule, inputs="cast") if rule.weights == "rows" else rule
 
 
 def _with_inputs(how: _How, policy: Policy, rule: Rule, cast: bool | None) -> _How:

@@ -61,7 +61,11 @@ PARAMETRIZATION = Rule("parametrization", "computes a weight in its variable dty
 LAYER = Rule("layer", "{compute} weights", inputs="cast finite", inside="functional")
 LEAF = Rule("layer", "{compute} weights", inputs="cast")
 
-_EMBEDDING = Rule("embedding", "gathers float32 rows, gives {compute}", weights="rows", result=True)
+# what is cast are the weights of a bag's examples, which must have the dtype of the rows
+_EMBEDDING = Rule(
+    "embedding", "gathers float32 rows, gives {compute}",
+    inputs="float32", weights="rows", result=True,
+)  # fmt: skip
 # The CPU kernel keeps its statistics in the dtype of the weights, CUDA's always in float32 but
 # it wants weights in its input's dtype (measured; torch 2.13, aten/native/layer_norm.cpp).
 _LAYER_NORM = Rule(
@@ -131,12 +135,17 @@ SWITCHES: tuple[tuple[type[nn.Module], str, object], ...] = (
 inference, which take the float32 weights of every layer below without asking the layer."""
 
 
+def _is_called(module: nn.Module) -> bool:
+    """Whether a list or dictionary of modules is of a class that has a ``forward``."""
+    return type(module).forward is not nn.Module.forward
+
+
 def rule_for(module: nn.Module, weights: Sequence[str]) -> Rule:
     """Return how a module that owns these weights runs under a 16-bit policy."""
     if isinstance(module, torch.jit.ScriptModule):
         return SEALED
     for classes, rule in RULES:
-        if isinstance(module, classes):
+        if isinstance(module, classes) and not (rule is HOLDER and _is_called(module)):
             return rule
     if not weights:
         return PLAIN

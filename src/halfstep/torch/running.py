@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import PolicyError, PolicyWarning
 from .casting import LOW, cast_nested
@@ -113,17 +114,26 @@ def run_outermost(
     entry = entry_of(self)
     watch = self.training not in entry.watched and not traced()
     copies = copies_for(self, entry, watch)
-    calls.copies, calls.devices = copies, entry.devices
+    calls.copies, calls.devices = copies, entry.devices or _devices_among(args, kwargs)
     try:
         way = _call_sharded if entry.sharded else run
         result = way(forward, self, plan, args, kwargs)
     finally:
         calls.copies = None
+    if not traced():
+        _refuse_writes(self, copies.written_in_place())
     if watch and copies.watches:
-        _check_written(self, copies)
+        _refuse_writes(self, copies.written_to())
         _check_loss(self, plan, result)
         entry.watched.add(self.training)
     return result
+
+
+def _devices_among(*arguments: Any) -> tuple[str, ...]:
+    """Where the tensors of a call lie: the only sign of a module without weights, or a replica."""
+    leaves = tree_leaves(arguments)
+    types = dict.fromkeys(leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor))
+    return tuple(kind for kind in types if torch.amp.is_autocast_available(kind))
 
 
 def _call_sharded(
@@ -137,11 +147,11 @@ def _call_sharded(
         calls.recasts = None
 
 
-def _check_written(model: nn.Module, copies: WeightCopies) -> None:
-    """Raise if a layer changed a weight in its forward: the change went to a copy."""
-    written = set(map(id, copies.written_to()))
-    if not written:
+def _refuse_writes(model: nn.Module, weights: list[torch.Tensor]) -> None:
+    """Raise if a layer changed weights in its forward: the change went to copies."""
+    if not weights:
         return
+    written = set(map(id, weights))
     names = [name for name, weight in model.named_parameters() if id(weight) in written]
     raise PolicyError(
         f"The forward of this {type(model).__name__} changes {', '.join(names)}, but what it "
@@ -182,7 +192,8 @@ def run_compiling(
     try:
         if plan.region is None:
             return forward(self, *args, **kwargs)
-        with plan.region.context(self_device(self)):
+        # one without weights goes by the model's
+        with plan.region.context(self_device(self, calls.stack[0])):
             return forward(self, *args, **kwargs)
     finally:
         quietly(_pop)
@@ -228,8 +239,9 @@ def explain(error: RuntimeError, plan: LayerPlan) -> None:
     )
 
 
-def self_device(module: nn.Module) -> str:
-    """Return the type of device of a module's first parameter, ``"cpu"`` if it has none."""
-    for parameter in module.parameters():
-        return parameter.device.type
+def self_device(*modules: nn.Module) -> str:
+    """Return the type of device of the first parameter in these modules, ``"cpu"`` without any."""
+    for module in modules:
+        for parameter in module.parameters():
+            return parameter.device.type
     return "cpu"
