@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from halfstep import LossScaleWarning
 from halfstep.torch import LossScaleOptimizer, apply_policy, masters, remove_policy
 
 NAMES = ("bfloat16", "master_bfloat16", "kahan_bfloat16")
@@ -214,3 +215,17 @@ def test_parameters_may_trade_places(swapping, name):
     assert max(moved) < 2.0**-7
     model.to("meta")
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("by", ["a policy", "a group"])
+def test_a_scale_that_is_wanted_later_is_missed_aloud(by):
+    layers = [torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)]
+    for layer, policy in zip(layers, ("mixed_bfloat16", "mixed_float16"), strict=True):
+        apply_policy(layer, policy)
+    optimizer = LossScaleOptimizer(torch.optim.SGD(layers[0].parameters(), lr=0.1))
+    change = {
+        "a policy": lambda: apply_policy(layers[0], "mixed_float16"),
+        "a group": lambda: optimizer.add_param_group({"params": list(layers[1].parameters())}),
+    }[by]
+    with pytest.warns(LossScaleWarning, match="wants a loss scale, and the LossScaleOptimizer"):
+        change()

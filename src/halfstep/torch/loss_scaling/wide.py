@@ -10,6 +10,7 @@ Many weights are lent at a time, but not all: what is float32 only for a step is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 
 from ...core.policy import Policy
 from ...core.policy_names import Update
-from ...errors import LossScaleError
+from ...errors import LossScaleError, LossScaleWarning
 from ..bare_steps import lending
 from ..casting import LOW
 from ..masters import CLOSE, OPEN, Kept, agree_in_graph, kept_of, recall, version_of, widened_all
@@ -28,6 +29,11 @@ from ..registry import policy_of_parameter, tell
 from .closures import evaluates_once
 from .gradients import groups_of
 from .guards import is_watched
+
+_SCALE_WANTED = (
+    "{policy} wants a loss scale, and the LossScaleOptimizer of these parameters was made without "
+    "one: small gradients are lost. Wrap the optimizer after apply_policy, or pass loss_scale=."
+)
 
 PART_BYTES = 64 * 2**20
 """How many bytes of float32 gradients there are at most, while parts of the model step in turn."""
@@ -54,6 +60,7 @@ class WideSide:
         self._unsettled: dict[int, Kept | None] = {}
         self._parts: list[Groups] = []
         self._widened: list[Tensor] = []
+        self.scales = True  # whether there is a loss scale
         self.follow()
         tell(self)
 
@@ -112,6 +119,9 @@ class WideSide:
         self._kept.pop(key, None)
 
     def _see(self, parameter: Tensor, policy: Policy | None) -> None:
+        if policy is not None and policy.loss_scale.skips and not self.scales:
+            self.scales = True  # said once
+            warnings.warn(_SCALE_WANTED.format(policy=policy), LossScaleWarning, stacklevel=2)
         key, dtype = id(parameter), parameter.dtype
         managed = key in self._managed
         self._leave(key)
