@@ -84,3 +84,22 @@ def test_what_does_not_fit_is_an_error(keywords, message):
         autocast(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), **keywords)
     with pytest.raises(PolicyError, match="must be a module or function"):
         autocast(3)
+
+
+def test_explaining_puts_back_a_buffer_that_a_forward_replaces():
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            y = self.layer(x)
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+            return y - self.mean
+
+    model = Average()
+    before = model.mean
+    explain(model, "mixed_bfloat16", backend="aot_eager")(torch.ones(2, 4))
+    assert model.mean is before
+    assert torch.equal(before, torch.zeros(4))

@@ -130,12 +130,16 @@ def _counted_breaks() -> Iterator[list[str]]:
 @contextlib.contextmanager
 def _as_it_was(model: Callable[..., Any]) -> Iterator[None]:
     """Put back what a forward pass changes: buffers and random state."""
-    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    registers = [(module._buffers, dict(module._buffers)) for module in modules]
+    buffers = [buffer for _, own in registers for buffer in own.values() if buffer is not None]
     copies = [buffer.detach().clone() for buffer in buffers]
     with torch.random.fork_rng():
         try:
             yield
         finally:
+            for register, own in registers:  # a forward may have put others in their place
+                register.update(own)
             with torch.no_grad():
                 for buffer, copy in zip(buffers, copies, strict=True):
                     buffer.copy_(copy)
