@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from halfstep import LossScaleWarning
+from halfstep import LossScaleWarning, NoLossScale
 from halfstep.torch import LossScaleOptimizer, apply_policy, masters, remove_policy
 
 NAMES = ("bfloat16", "master_bfloat16", "kahan_bfloat16")
@@ -229,3 +229,10 @@ def test_a_scale_that_is_wanted_later_is_missed_aloud(by):
     }[by]
     with pytest.warns(LossScaleWarning, match="wants a loss scale, and the LossScaleOptimizer"):
         change()
+
+
+def test_a_scale_that_was_declined_is_not_missed():
+    layer = apply_policy(torch.nn.Linear(4, 1), "mixed_bfloat16")
+    optimizer = LossScaleOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), NoLossScale())
+    apply_policy(layer, "mixed_float16")  # a warning would be an error here
+    assert optimizer.loss_scale == NoLossScale()

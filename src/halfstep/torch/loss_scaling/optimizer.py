@@ -118,6 +118,7 @@ class LossScaleOptimizer(EvaluatedStep):
         self._undo = Undo(skip)
         fusion = FusedSwitch(optimizer, wanted=self._undo.by_kernels)
         self._set_up(optimizer, max_norm, process_group, fusion, checkpoint.fresh(rule))
+        self._wide.settled_scale = rule.skips or loss_scale is not None
         if rule.skips:
             refuse_float16(optimizer)
             with self._wide.lent():

@@ -79,7 +79,6 @@ class ScaledStep(OptimizerProxy):
 
     def _continue_from(self, saved: checkpoint.Saved) -> None:
         self._state = ScaleState(saved.rule, saved.state)
-        self._wide.scales = saved.rule.skips
         self._history = History(saved.state, saved.history)
         self._now = Now(saved.steps)
         self._leftovers.forget()

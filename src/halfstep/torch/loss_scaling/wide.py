@@ -60,7 +60,7 @@ class WideSide:
         self._unsettled: dict[int, Kept | None] = {}
         self._parts: list[Groups] = []
         self._widened: list[Tensor] = []
-        self.scales = True  # whether there is a loss scale
+        self.settled_scale = True  # there is a loss scale, or the user wanted none
         self.follow()
         tell(self)
 
@@ -119,8 +119,8 @@ class WideSide:
         self._kept.pop(key, None)
 
     def _see(self, parameter: Tensor, policy: Policy | None) -> None:
-        if policy is not None and policy.loss_scale.skips and not self.scales:
-            self.scales = True  # said once
+        if policy is not None and policy.loss_scale.skips and not self.settled_scale:
+            self.settled_scale = True  # said once
             warnings.warn(_SCALE_WANTED.format(policy=policy), LossScaleWarning, stacklevel=2)
         key, dtype = id(parameter), parameter.dtype
         managed = key in self._managed
