@@ -123,7 +123,7 @@ class GradScaler(UpstreamFace):
         self._updates = saved.steps
         self._last_found: Tensor | None = None
         self._guards: dict[int, list[RemovableHandle]] = {}
-        self._optimizers: dict[int, weakref.ref[Optimizer]] = {}
+        self._optimizers = weakref.WeakValueDictionary[int, Optimizer]()
         self._per_optimizer_states = defaultdict(_not_yet_stepped)
 
     # ------------------------------------------------------------------ scaling
@@ -224,7 +224,7 @@ class GradScaler(UpstreamFace):
         state["stage"] = OptState.STEPPED
         self._unguard(id(optimizer))
         if not torch.compiler.is_compiling():
-            self._optimizers[id(optimizer)] = weakref.ref(optimizer)
+            self._optimizers[id(optimizer)] = optimizer
         return result
 
     def _verdict(
@@ -290,7 +290,7 @@ class GradScaler(UpstreamFace):
 
     def _give_up(self, row: LossScaleState) -> NoReturn:
         self._per_optimizer_states = defaultdict(_not_yet_stepped)
-        alive = [found for ref in self._optimizers.values() if (found := ref()) is not None]
+        alive = self._optimizers.values()
         blamed = "; ".join(f"{type(found).__name__}: {blame(found)}" for found in alive)
         raise LossScaleExhausted(exhausted_message(self._state.rule, row, blamed))
 

@@ -72,7 +72,8 @@ def refuse_more(optimizer: Optimizer) -> list[RemovableHandle]:
         raise LossScaleError(
             f"backward() added a gradient to {label_of(optimizer, parameter)}, after unscale_(): "
             "the two have different scales. Run all backward passes before unscale_(), and after "
-            "it a step() (with torch.amp's protocol update() too) or a zero_grad()."
+            "it a step() (with torch.amp's protocol update() too), or a "
+            "LossScaleOptimizer's zero_grad() (a module's goes unseen)."
         )
 
     return [
@@ -170,7 +171,8 @@ class Leftovers:
             if parameter.grad is not grad or grad._version != version:
                 raise LossScaleError(
                     f"{label}, still had the gradient of the last step, which is unscaled: this "
-                    "backward added a scaled one to it. Call zero_grad() before."
+                    "backward added a scaled one to it. Call zero_grad() before; what is written "
+                    "through grad.data goes unseen."
                 )
 
     def refuse_stale(self) -> None:
