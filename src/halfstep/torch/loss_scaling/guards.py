@@ -36,6 +36,17 @@ def is_watched(optimizer: Optimizer) -> bool:
     return any(hook is not refuse_bare_step for hook in everywhere.values())
 
 
+def is_hooked(optimizer: Optimizer) -> bool:
+    """Whether hooks run before or after the step; they are to run once, and to see all of it."""
+    own = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    if own or is_watched(optimizer):
+        return True
+    everywhere = torch_optimizer._global_optimizer_post_hooks.values()
+    # our own forget copies of weights, for each part if need be
+    modules = [str(getattr(hook, "__module__", None)) for hook in everywhere]
+    return any(not module.startswith("halfstep.") for module in modules)
+
+
 def refuse_foreign(optimizer: Optimizer, grads: Gradients) -> None:
     """Raise if a gradient's dtype is not its parameter's and the optimizer would fail on that.
 

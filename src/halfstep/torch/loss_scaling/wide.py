@@ -28,7 +28,7 @@ from ..masters import CLOSE, OPEN, Kept, agree_in_graph, kept_of, recall, versio
 from ..registry import policy_of_parameter, tell
 from .closures import evaluates_once
 from .gradients import groups_of
-from .guards import is_watched
+from .guards import is_hooked
 
 _SCALE_WANTED = (
     "{policy} wants a loss scale, and the LossScaleOptimizer of these parameters was made without "
@@ -258,7 +258,7 @@ class WideSide:
         Those of torch update each parameter by itself; of others, and of hooks, nothing is known.
         """
         whole = torch.compiler.is_compiling()  # a graph says itself what is in memory, and when
-        if whole or not evaluates_once(self._optimizer) or is_watched(self._optimizer):
+        if whole or not evaluates_once(self._optimizer) or is_hooked(self._optimizer):
             return [self._all()]
         if not self._parts:
             self._parts = list(_parts(self._all()))
