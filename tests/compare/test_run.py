@@ -116,6 +116,7 @@ def test_a_recipe_that_is_not_there_is_an_error_before_anything_is_written(tmp_p
     ("argument", "said"),
     [
         ("mixed_flaot16", "Did you mean 'mixed_float16'"),
+        ("fp16", r"Did you mean 'mixed_float16'\?$"),
         ("float32,float32", "twice"),
         (" , ", "none given"),
         ("nothing.json", "nothing.json holds no policy"),

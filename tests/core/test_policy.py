@@ -9,6 +9,8 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 import halfstep
@@ -129,6 +131,22 @@ def test_an_unknown_name_lists_what_is_allowed(name, words):
         Policy(name)
     for word in [*words, *NAMES]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("fp16", "FP16", "half", "16-mixed", "float16_mixed", "torch.float16"), "mixed_float16"),
+        ((16, np.float16, np.dtype("float16")), "mixed_float16"),
+        (("bf16", "bf16-mixed", "bfloat16_mixed", "torch.bfloat16"), "mixed_bfloat16"),
+        ((ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16)), "mixed_bfloat16"),
+        (("fp32", np.float32), "float32"),
+    ],
+)
+def test_a_dtype_and_other_libraries_words_get_the_policy_that_trains(words, name):
+    for word in words:
+        with pytest.raises(PolicyError, match=rf" Did you mean '{name}'\?$"):
+            Policy(word)
 
 
 @pytest.mark.parametrize("scale", [0, -1, float("inf"), float("nan"), "large", True, [8]])

@@ -322,6 +322,8 @@ def test_overrides_take_paths_and_expressions_and_the_deepest_wins(make_transfor
     ("arguments", "message"),
     [
         (("mixed_flaot16",), "mixed_float16"),
+        (("fp16",), "Did you mean 'mixed_float16'"),
+        ((torch.bfloat16,), "Did you mean 'mixed_bfloat16'"),
         (("mixed_float16", {"haed": "float32"}), "Did you mean 'head'"),
         (("mixed_float16", {"(": "float32"}), "no regular expression"),
         (("mixed_float16", {"head": "flaot32"}), "float32"),

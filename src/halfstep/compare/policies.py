@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.policy import NAMES, Policy, PolicyMap, as_policy_map
-from ..errors import PolicyError, nearest
+from ..core.policy_names import suggestion
+from ..errors import PolicyError
 
 DEFAULT = ("float32", "mixed_float16", "mixed_bfloat16")
 """What is compared when nothing is said; the first one is what the others are held against."""
@@ -77,7 +78,7 @@ def _parse(argument: str, option: str) -> tuple[str, Policy | PolicyMap]:
     if path.suffix != ".json" and not path.is_file():
         raise PolicyError(
             f"{option}: {argument!r} is neither a policy ({', '.join(NAMES)}) nor a JSON file."
-            + nearest(argument, NAMES)
+            + suggestion(argument)
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

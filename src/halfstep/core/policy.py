@@ -24,7 +24,7 @@ from .policy_names import DTYPES as DTYPES
 from .policy_names import MEMORY as MEMORY
 from .policy_names import MIXED as MIXED
 from .policy_names import NAMES as NAMES
-from .policy_names import SCALED, Update
+from .policy_names import SCALED, Update, suggestion
 
 
 def _default_loss_scale(name: str) -> LossScale:
@@ -83,11 +83,12 @@ class Policy:
         if not isinstance(name, str):
             raise PolicyError(
                 f"Policy({name!r}): the name must be a string, one of {', '.join(NAMES)}."
+                + suggestion(name)
             )
         if name not in NAMES:
             raise PolicyError(
                 f"Policy({name!r}): unknown policy. Allowed are {', '.join(NAMES)}."
-                + nearest(name, NAMES)
+                + suggestion(name)
             )
         scale = _default_loss_scale(name) if loss_scale == "default" else as_loss_scale(loss_scale)
         object.__setattr__(self, "name", name)
