@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from halfstep.errors import LossScaleError, PolicyError
 from halfstep.torch import LossScaleOptimizer, apply_policy
-from halfstep.torch.distributed import TrainingState, fsdp_policy
+from halfstep.torch.distributed import TrainingState, float32_allreduce_hook, fsdp_policy
 
 
 def make():
@@ -45,6 +47,27 @@ def test_mistakes_are_named():
         fsdp_policy(make())
     with pytest.raises(PolicyError, match="'half'.*allowed are"):
         fsdp_policy(apply_policy(make(), "mixed_bfloat16"), reduce_dtype="half")
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.float32, torch.bfloat16])
+def test_the_hook_for_sums_in_float32_cuts_no_wider_gradient(alone, dtype):
+    model = nn.Linear(3, 1, bias=False, dtype=dtype)
+    wrapped = DistributedDataParallel(model)
+    wrapped.register_comm_hook(None, float32_allreduce_hook)
+    x = torch.full((1, 3), (1 + 1j) / 3 if dtype.is_complex else 1 / 3, dtype=dtype)
+    wrapped(x).sum().abs().backward()
+    expected = copy.deepcopy(model)
+    expected.zero_grad()
+    expected(x).sum().abs().backward()
+    assert torch.equal(model.weight.grad, expected.weight.grad)
 
 
 def step(model, optimizer, factor=1.0):

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..loss_scaling.gradients import widened
+
 
 def float32_allreduce_hook(
     process_group: dist.ProcessGroup | None,
@@ -15,7 +17,7 @@ def float32_allreduce_hook(
 
     ``DistributedDataParallel`` adds gradients in the dtype of their parameters, which is 16-bit
     under ``"master_bfloat16"`` and the like: each addition rounds. With this hook they are rounded
-    once, at the end; the traffic is that of float32 gradients. Those in float32 stay as they are.
+    once, at the end; the traffic is that of float32 gradients. Wider ones keep their own dtype.
 
     Args:
         process_group: the first argument of ``register_comm_hook``; None for all ranks.
@@ -38,7 +40,7 @@ def float32_allreduce_hook(
     group = dist.group.WORLD if process_group is None else process_group
     if group is None:
         raise RuntimeError("float32_allreduce_hook: torch.distributed is not initialised.")
-    wide = bucket.buffer().float().div_(group.size())
+    wide = widened(bucket.buffer()).div_(group.size())
     work: Any = dist.all_reduce(wide, group=group, async_op=True)
 
     def narrow(future: torch.futures.Future[Any]) -> torch.Tensor:
