@@ -86,6 +86,20 @@ def test_what_does_not_fit_is_an_error(keywords, message):
         autocast(3)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "keywords"),
+    [
+        (("cuda",), {"dtype": torch.float16}),
+        ((), {"device_type": "cpu", "enabled": False}),
+        ((torch.device("cpu"), torch.bfloat16), {}),
+        ((), {}),
+    ],
+)
+def test_what_is_meant_for_torchs_context_manager_is_told_so(arguments, keywords):
+    with pytest.raises(PolicyError, match=r"no context manager.*apply_policy\(model, 'mixed_flo"):
+        autocast(*arguments, **keywords)
+
+
 def test_explaining_puts_back_a_buffer_that_a_forward_replaces():
     class Average(nn.Module):
         def __init__(self):

@@ -67,7 +67,29 @@ class Settings:
 
 _settings_of: WeakKeyDictionary[Any, Settings] = WeakKeyDictionary()
 
+_TORCHS = frozenset(("device_type", "dtype", "enabled", "cache_enabled"))
+"""Arguments of `torch.autocast`."""
 
+
+def _no_context(rewrite: Model) -> Model:
+    """Refuse what is meant for `torch.autocast`, which has this name and is a context manager."""
+
+    @functools.wraps(rewrite)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        device = bool(args) and isinstance(args[0], (str, bool, torch.device))
+        if device or _TORCHS & keywords.keys() or not (args or "model" in keywords):
+            raise PolicyError(
+                "halfstep.torch.autocast rewrites a model, autocast(model, 'mixed_float16'), and "
+                "is no context manager. Instead of `with torch.autocast(...)` around each call, "
+                "apply_policy(model, 'mixed_float16') once, or keep torch.autocast."
+            )
+        return rewrite(*args, **keywords)
+
+    kept: Any = checked
+    return kept  # type: ignore[no-any-return]
+
+
+@_no_context
 def autocast(
     model: Model,
     policy: Policy | PolicyMap | str = "mixed_bfloat16",
