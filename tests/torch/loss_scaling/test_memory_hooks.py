@@ -1,4 +1,4 @@
-"""Hooks on the step of an optimizer that would step 16-bit weights in parts."""
+"""What others see of a step of 16-bit weights: hooks, and the gradients that it leaves."""
 
 from __future__ import annotations
 
@@ -59,3 +59,40 @@ def test_copies_that_are_forgotten_after_a_step_leave_it_in_parts(parted):
     with weights_unchanged(model):
         _step(model, optimizer)
         assert len(optimizer._wide._split()) == 3
+
+
+# ---------------------------------------------------------------------- unscaled gradients
+
+
+def _unscaled(clear, dtype="its own"):
+    model = apply_policy(nn.Linear(4, 1, bias=False), "master_float16")
+    if dtype != "its own":
+        model.weight.grad_dtype = dtype
+    optimizer = LossScaleOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), 1024)
+    optimizer.backward(model(torch.ones(1, 4) / 3).sum())
+    optimizer.unscale_()
+    assert model.weight.grad.dtype is torch.float32
+    clear(optimizer)
+    return model.weight
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_clearing_unscaled_gradients_lets_them_come_back_in_16_bits(set_to_none):
+    weight = _unscaled(lambda optimizer: optimizer.zero_grad(set_to_none))
+    assert weight.grad_dtype is torch.float16
+    if set_to_none:
+        assert weight.grad is None
+    else:
+        assert torch.equal(weight.grad, torch.zeros(1, 4, dtype=torch.float16))
+
+
+def test_a_step_leaves_the_unscaled_gradients_in_16_bits():
+    weight = _unscaled(lambda optimizer: optimizer.step())
+    assert weight.grad_dtype is torch.float16
+    torch.testing.assert_close(weight.grad, torch.full((1, 4), 1 / 3, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_dtype_of_gradients_that_somebody_chose_stays(dtype):
+    weight = _unscaled(lambda optimizer: optimizer.step(), dtype)
+    assert weight.grad_dtype is dtype

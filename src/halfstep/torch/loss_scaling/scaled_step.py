@@ -290,6 +290,7 @@ class ScaledStep(OptimizerProxy):
             self._now.found = None
         self._now.stage = Stage.IDLE
         self._unguard()
+        self._wide.narrow_again()
         self._leftovers.note(self.inner_optimizer)
 
     def _clip_and_step(self) -> None:

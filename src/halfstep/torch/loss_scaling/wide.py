@@ -282,16 +282,20 @@ class WideSide:
             )
         for low in self._of(self._all()):
             if low.grad is not None and low.grad.dtype in LOW:
-                put_gradient(low, low.grad.to(torch.float32), torch.float32)
+                _put_as(low, torch.float32)
                 self._widened.append(low)
         divide()
 
     def narrow_again(self) -> None:
-        """Let gradients that were cleared come back in 16 bits."""
+        """Let gradients come back in 16 bits, and what is left of the unscaled ones have 16 too.
+
+        DDP and FSDP2 know one dtype of a gradient, and what clears one does not tell of it.
+        """
+        if torch.compiler.is_compiling():  # which takes no gradient of another dtype
+            return
         for low in self._widened:
-            if low.grad is None:
-                low.grad_dtype = low.dtype
-        self._widened = [low for low in self._widened if low.grad is not None]
+            _put_as(low, low.dtype)
+        self._widened = []
 
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype | None:
@@ -308,6 +312,14 @@ def put_gradient(parameter: Tensor, grad: Tensor | None, dtype: torch.dtype | No
     if parameter.grad_dtype is not dtype:
         parameter.grad_dtype = dtype
     parameter.grad = grad
+
+
+def _put_as(parameter: Tensor, dtype: torch.dtype) -> None:
+    """Cast ``.grad`` in its place; a ``.grad_dtype`` of None takes any, and stays."""
+    grad, kept = parameter.grad, parameter.grad_dtype
+    put_gradient(
+        parameter, None if grad is None else grad.to(dtype), None if kept is None else dtype
+    )
 
 
 def _rename(state: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
