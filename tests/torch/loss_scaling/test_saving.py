@@ -184,3 +184,23 @@ def test_a_load_between_scaling_and_the_step_is_noticed(kit):
     optimizer.load_state_dict(saved)
     with pytest.raises(LossScaleError, match="no loss was scaled"):
         optimizer.step()
+
+
+def test_the_state_of_a_grad_scaler_is_refused_and_its_run_goes_on_as_the_error_says():
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    bare, scaler = torch.optim.AdamW([weight]), torch.amp.GradScaler("cpu", init_scale=512.0)
+    scaler.scale((weight * weight).sum()).backward()
+    scaler.step(bare)
+    scaler.update()
+    saved = _through_disk({"optimizer": bare.state_dict(), "scaler": scaler.state_dict()})
+    optimizer = LossScaleOptimizer(torch.optim.AdamW([weight]))
+    before = optimizer.state_dict()
+    with pytest.raises(LossScaleError, match=r"GradScaler.*initial_scale=512\.0"):
+        optimizer.load_state_dict(saved["scaler"])
+    assert optimizer.state_dict() == before
+    rule = DynamicLossScale(initial_scale=saved["scaler"]["scale"])
+    optimizer = LossScaleOptimizer(torch.optim.AdamW([weight]), rule)
+    with pytest.warns(UserWarning, match=r"starts anew at 512\.0"):
+        optimizer.load_state_dict(saved["optimizer"])
+    assert optimizer.current_scale == 512.0
+    assert optimizer.state[weight]["step"].item() == 1

@@ -47,6 +47,22 @@ def to_plain(saved: Saved) -> dict[str, Any]:
     }
 
 
+def taken_out(state_dict: dict[str, Any]) -> Any:
+    """Remove the loss scale's entry of an optimizer's state dict and return it, or None.
+
+    Raises:
+        LossScaleError: it is the state dict of a ``GradScaler``.
+    """
+    if "param_groups" not in state_dict and {"scale", "growth_factor"} <= state_dict.keys():
+        scale = state_dict["scale"]
+        raise LossScaleError(
+            "load_state_dict: this is the state of a GradScaler, not of an optimizer. Begin at its "
+            f"scale, LossScaleOptimizer(optimizer, DynamicLossScale(initial_scale={scale})), and "
+            "load the optimizer's own state; halfstep.torch.GradScaler loads this one as it is."
+        )
+    return state_dict.pop(KEY, None)
+
+
 def from_plain(entry: Any) -> Saved:
     """Return what `to_plain` wrote.
 

@@ -314,14 +314,14 @@ class LossScaleOptimizer(EvaluatedStep):
                 starts anew).
 
         Raises:
-            LossScaleError: a ``loss_scale`` entry that cannot be read.
+            LossScaleError: a ``loss_scale`` entry that cannot be read, or a ``GradScaler``'s state.
             ValueError: what the inner optimizer raises where the groups do not fit.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else dict(changed)
-        entry = state_dict.pop(checkpoint.KEY, None)
+        entry = checkpoint.taken_out(state_dict)
         saved = checkpoint.fresh(self.loss_scale) if entry is None else checkpoint.from_plain(entry)
         if entry is None:
             warnings.warn(
