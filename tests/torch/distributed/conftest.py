@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 # what the processes run: they import each other from their own folder
 collect_ignore = ["clipping.py", "memory.py", "ranks.py", "training.py", "ways.py"]
@@ -49,3 +50,11 @@ def four(folder):
 def two(folder, four):
     """What each of two processes found; they load that checkpoint."""
     return launch(2, folder)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()

@@ -2,57 +2,106 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..loss_scaling import LossScaleOptimizer
 from ..loss_scaling.shard_lending import shards_lent, steps_on_shards
+from ..loss_scaling.wide import gradient_dtype, put_gradient
 from ..masters import update_of
-from ..shards import is_dtensor
+
+
+@dataclass
+class State:
+    """Whether an optimizer had state before it was made, and is to have it afterwards."""
+
+    stepped: bool
+    keep: bool
+
+
+@contextmanager
+def state_made(optimizer: Optimizer) -> Iterator[State]:
+    """Let an optimizer that has no state have it inside of a ``with`` block.
+
+    ``torch.distributed.checkpoint`` makes it by itself, by a step with a learning rate of 0, and
+    leaves it there: Adam's counter is at 1 then, and the first update smaller. It does so on the
+    model's own parameters: of 16-bit ones the state would have 16 bits, and not every fused kernel
+    takes DTensors. And where gradients stand, of a first step that was skipped, it makes none.
+
+    After the block the optimizer has the state that it had before, unless ``keep`` was set inside.
+    """
+    scaling = optimizer if isinstance(optimizer, LossScaleOptimizer) else None
+    if scaling is not None:
+        scaling._undo.settled()
+    inner = optimizer if scaling is None else scaling.inner_optimizer
+    made = State(stepped=bool(inner.state), keep=False)
+    try:
+        if not made.stepped:
+            _make(inner, scaling)
+        with _noticed(inner):
+            yield made
+    finally:
+        if not (made.stepped or made.keep):
+            inner.state.clear()
 
 
 @torch.no_grad()
-def make_state(scaling: LossScaleOptimizer) -> None:
-    """Let the inner optimizer make its state, by a step with a learning rate of 0.
-
-    ``torch.distributed.checkpoint`` does that by itself, but on the model's own parameters: of
-    16-bit ones the state would have 16 bits, and not every fused kernel takes DTensors.
-    """
-    inner = scaling.inner_optimizer
-    own = [p for group in inner.param_groups for p in group["params"]]
-    special = any(is_dtensor(p) or update_of(p) != "plain" for p in own)
-    # a stateless one with gradients has stepped before
-    if not special or inner.state or any(p.grad is not None for p in own):
-        return
-    scaling._wide.follow()
-    rates = [group.get("lr") for group in inner.param_groups]
-    trained = [p for p in own if p.requires_grad]
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
+def _make(inner: Optimizer, scaling: LossScaleOptimizer | None) -> None:
+    own = _parameters(inner)
+    if scaling is None and any(update_of(parameter) != "plain" for parameter in own):
+        return  # it cannot step by itself
+    if scaling is not None:
+        scaling._wide.follow()
+    before = [{key: group[key] for key in group if key != "params"} for group in inner.param_groups]
     for group in inner.param_groups:
         if "lr" in group:
-            group["lr"] = torch.zeros_like(group["lr"]) if _is_tensor(group["lr"]) else 0.0
+            rate = group["lr"]
+            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
     try:
-        if scaling._wide:
-            # as if it was skipped: what is rounded into the weights is what they were
-            scaling._wide.step(lambda: _step(inner), torch.ones((), device=own[0].device))
-        else:
-            _step(inner)
+        with _gradients({p: torch.zeros_like(p) if p.requires_grad else None for p in own}):
+            if scaling is not None and scaling._wide:
+                # as if it was skipped: what is rounded into the weights is what they were
+                scaling._wide.step(lambda: _step(inner), torch.ones((), device=own[0].device))
+            else:
+                _step(inner)
     finally:
-        for group, rate in zip(inner.param_groups, rates, strict=True):
-            if "lr" in group:
-                group["lr"] = rate
-        for parameter in trained:
-            parameter.grad = None
+        for group, settings in zip(inner.param_groups, before, strict=True):
+            group.update(settings)
 
 
-def _step(inner: torch.optim.Optimizer) -> None:
+def _noticed(inner: Optimizer) -> Any:
+    """Keep torch from making state: of an optimizer without any it asks if a gradient stands."""
+    own = _parameters(inner)
+    trained = [parameter for parameter in own if parameter.requires_grad]
+    if inner.state or not trained or any(parameter.grad is not None for parameter in own):
+        return nullcontext()
+    smallest = min(trained, key=Tensor.numel)
+    return _gradients({smallest: torch.zeros_like(smallest)})
+
+
+@contextmanager
+def _gradients(lent: dict[Tensor, Tensor | None]) -> Iterator[None]:
+    """Set the gradients of these parameters aside, and put others there for the time."""
+    before = [(parameter, parameter.grad, gradient_dtype(parameter)) for parameter in lent]
+    try:
+        for parameter, grad in lent.items():
+            put_gradient(parameter, grad, parameter.dtype)
+        yield
+    finally:
+        for parameter, grad, dtype in before:
+            put_gradient(parameter, grad, dtype)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _step(inner: Optimizer) -> None:
     with shards_lent(inner) if steps_on_shards(inner) else nullcontext():
         inner.step()
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)

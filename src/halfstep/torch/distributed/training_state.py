@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ..loss_scaling import LossScaleOptimizer, checkpoint, rests
 from ..masters import update_of
-from .first_state import make_state
+from .first_state import state_made
 
 _Wide = list[tuple[Tensor, dict[str, Tensor], dict[str, Any]]]
 """16-bit parameters, with the digits and the optimizer's state of each in a checkpoint."""
@@ -41,7 +41,7 @@ class TrainingState:
     >>> model = apply_policy(nn.Linear(2, 2), "mixed_float16")
     >>> optimizer = LossScaleOptimizer(torch.optim.AdamW(model.parameters()), 1024)
     >>> sorted(TrainingState(model, optimizer).state_dict())
-    ['loss_scale', 'model', 'optimizer']
+    ['loss_scale', 'model', 'optimizer', 'stepped']
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -49,14 +49,16 @@ class TrainingState:
         self.optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what ``dcp.save`` writes: ``model``, ``optimizer`` and ``loss_scale``."""
+        """Return what ``dcp.save`` writes: ``model``, ``optimizer`` and ``loss_scale``.
+
+        ``stepped`` says whether the optimizer had state. If not, what stands here is what a
+        checkpoint is read into; neither this optimizer nor one that loads it gets it.
+        """
         scaling = self._scaling()
         inner = self.optimizer if scaling is None else scaling.inner_optimizer
-        if scaling is not None:
-            make_state(scaling)
-        with rests.shown(inner):
+        with state_made(self.optimizer) as made, rests.shown(inner):
             model, optimizer = get_state_dict(self.model, inner)
-        state = {"model": model, "optimizer": optimizer}
+        state = {"model": model, "optimizer": optimizer, "stepped": made.stepped}
         if scaling is not None:
             _undo_fusing(scaling, optimizer)
             state[checkpoint.KEY] = checkpoint.to_plain(scaling._saved())
@@ -71,16 +73,18 @@ class TrainingState:
         scaling = self._scaling()
         inner = self.optimizer if scaling is None else scaling.inner_optimizer
         saved = None if scaling is None else checkpoint.from_plain(state_dict.get(checkpoint.KEY))
-        if scaling is not None:
-            make_state(scaling)
-        optimizer, wide = self._split(inner, state_dict["optimizer"])
-        set_state_dict(
-            self.model,
-            inner,
-            model_state_dict=state_dict["model"],
-            optim_state_dict=optimizer,
-        )
-        _give(inner, wide)
+        with state_made(self.optimizer) as made:
+            optimizer, wide = self._split(inner, state_dict["optimizer"])
+            set_state_dict(
+                self.model,
+                inner,
+                model_state_dict=state_dict["model"],
+                optim_state_dict=optimizer,
+            )
+            _give(inner, wide)
+            made.keep = True
+        if not state_dict.get("stepped", True):
+            inner.state.clear()
         if scaling is not None and saved is not None:
             scaling._fusion.forget()
             if saved.rule.skips:
