@@ -28,6 +28,18 @@ def test_a_step_on_gradients_that_were_never_scaled(weight, optimizer):
     assert weight.tolist() == [1.0, 2.0]
 
 
+def test_torchs_own_scaler_around_the_optimizer_is_named_and_fits_the_inner_one(weight, optimizer):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(weight.sum()).backward()
+    with pytest.raises(LossScaleError, match=r"take the scaler out, or give it.*inner_optimizer"):
+        scaler.step(optimizer)
+    scaler.update()
+    weight.grad = None
+    scaler.scale(weight.sum()).backward()
+    scaler.step(optimizer.inner_optimizer)
+    assert weight.tolist() == [0.5, 1.5]
+
+
 def test_a_second_step_after_one_scaled_loss(weight, optimizer):
     optimizer.backward(weight.sum())
     optimizer.step()

@@ -358,7 +358,8 @@ class ScaledStep(OptimizerProxy):
             raise LossScaleError(
                 "There are gradients, but no loss was scaled since the last step: they would be "
                 "divided by a scale that they never had. Use optimizer.backward(loss), or "
-                "optimizer.scale(loss).backward()."
+                "optimizer.scale(loss).backward(). If a GradScaler scaled it, take the scaler out, "
+                "or give it optimizer.inner_optimizer."
             )
         if self._now.stage is Stage.SCALED:
             self._leftovers.refuse_stale()
