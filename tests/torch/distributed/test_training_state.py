@@ -8,6 +8,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from halfstep import FixedLossScale
 from halfstep.errors import LossScaleError
 from halfstep.torch import LossScaleOptimizer, apply_policy
 from halfstep.torch.distributed import TrainingState
@@ -157,3 +158,48 @@ def test_a_load_that_fails_leaves_no_state():
     with pytest.raises(RuntimeError, match="Missing optimizer state"):
         TrainingState(model, optimizer).load_state_dict(state)
     assert not optimizer.state
+
+
+# ------------------------------------------------------------------ loss scales of another kind
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("saved", "running"),
+    [
+        ("mixed_float16", "mixed_bfloat16"),
+        ("mixed_bfloat16", "mixed_float16"),
+        ("master_float16", "master_bfloat16"),
+    ],
+)
+def test_the_kind_of_scale_is_the_running_ones(alone, tmp_path, saved, running):
+    model, optimizer = started(saved)
+    step(model, optimizer)
+    other, another = started(running)
+    before = another.loss_scale
+    dcp.save({"all": TrainingState(model, optimizer)}, checkpoint_id=tmp_path / "checkpoint")
+    with pytest.warns(UserWarning, match=f"this optimizer keeps {type(before).__name__}"):
+        dcp.load({"all": TrainingState(other, another)}, checkpoint_id=tmp_path / "checkpoint")
+    assert another.loss_scale == before
+    assert another.current_scale == before.first_scale
+    weight, twin = model[0].weight, other[0].weight
+    assert torch.equal(optimizer.state[weight]["exp_avg"], another.state[twin]["exp_avg"])
+    step(other, another)
+    assert not another.last_step_skipped
+
+
+@quiet
+def test_a_fixed_scale_is_loaded_into_a_dynamic_one(alone, tmp_path):
+    model = apply_policy(make(), "mixed_float16")
+    optimizer = LossScaleOptimizer(torch.optim.AdamW(model.parameters()), 32)
+    other, another = started("mixed_float16")
+    resumed(model, optimizer, other, another, tmp_path / "checkpoint")
+    assert (another.loss_scale, another.current_scale) == (FixedLossScale(32), 32)
+
+
+def test_a_scale_that_cannot_be_read_is_named():
+    model, optimizer = started("mixed_float16")
+    state = TrainingState(model, optimizer).state_dict()
+    for text in ("{", '{"steps": 1}'):
+        with pytest.raises(LossScaleError, match=r"state_dict\['loss_scale'\]"):
+            TrainingState(model, optimizer).load_state_dict({**state, "loss_scale": text})

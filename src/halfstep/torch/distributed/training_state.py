@@ -61,18 +61,22 @@ class TrainingState:
         state = {"model": model, "optimizer": optimizer, "stepped": made.stepped}
         if scaling is not None:
             _undo_fusing(scaling, optimizer)
-            state[checkpoint.KEY] = checkpoint.to_plain(scaling._saved())
+            state[checkpoint.KEY] = checkpoint.to_text(scaling._saved())
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what ``dcp.load`` read.
+
+        The saved loss scale holds from now on, unless one of the two is
+        :class:`~halfstep.NoLossScale` and the other is not: then the running one stays, with a
+        warning, as in ``LossScaleOptimizer.load_state_dict``.
 
         Raises:
             LossScaleError: the loss scale in it cannot be read; nothing is changed then.
         """
         scaling = self._scaling()
         inner = self.optimizer if scaling is None else scaling.inner_optimizer
-        saved = None if scaling is None else checkpoint.from_plain(state_dict.get(checkpoint.KEY))
+        saved = None if scaling is None else checkpoint.from_text(state_dict.get(checkpoint.KEY))
         with state_made(self.optimizer) as made:
             optimizer, wide = self._split(inner, state_dict["optimizer"])
             set_state_dict(
@@ -86,6 +90,7 @@ class TrainingState:
         if not state_dict.get("stepped", True):
             inner.state.clear()
         if scaling is not None and saved is not None:
+            saved = checkpoint.continued(saved, scaling.loss_scale)
             scaling._fusion.forget()
             if saved.rule.skips:
                 with scaling._wide.lent():

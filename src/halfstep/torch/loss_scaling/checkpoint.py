@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,3 +89,51 @@ def from_plain(entry: Any) -> Saved:
             "finite, and no count below 0."
         )
     return Saved(rule, state, steps, history)
+
+
+def to_text(saved: Saved) -> str:
+    """Return `to_plain` as one JSON text.
+
+    ``torch.distributed.checkpoint`` takes a dict apart, and reads only what the running loss scale
+    has entries for: one of another kind could not be loaded.
+    """
+    return json.dumps(to_plain(saved))
+
+
+def from_text(text: Any) -> Saved:
+    """Return what `to_text` wrote, or `to_plain`.
+
+    Raises:
+        LossScaleError: something else.
+    """
+    if not isinstance(text, str):
+        return from_plain(text)
+    try:
+        return from_plain(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise LossScaleError(f"state_dict[{KEY!r}] is no JSON: {error}.") from None
+
+
+def continued(saved: Saved | None, own: LossScale) -> Saved:
+    """Return what a run with the loss scale ``own`` goes on with.
+
+    That is what was saved, unless it was saved without a loss scale, or of the two one alone skips
+    steps: a float16 run that goes on in bfloat16 does not get its scale back.
+
+    Args:
+        saved: of a checkpoint; None if that says nothing about a loss scale.
+        own: of the optimizer that loads.
+    """
+    if saved is None:
+        warnings.warn(
+            "This state dict is of a bare optimizer: it holds no loss scale, which starts "
+            f"anew at {own.first_scale}.",
+            stacklevel=3,
+        )
+        return fresh(own)
+    if saved.rule.skips != own.skips:
+        warnings.warn(
+            f"The saved loss scale was {saved.rule}; this optimizer keeps {own}.", stacklevel=3
+        )
+        return fresh(own)
+    return saved

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -322,19 +321,8 @@ class LossScaleOptimizer(EvaluatedStep):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else dict(changed)
         entry = checkpoint.taken_out(state_dict)
-        saved = checkpoint.fresh(self.loss_scale) if entry is None else checkpoint.from_plain(entry)
-        if entry is None:
-            warnings.warn(
-                "This state dict is of a bare optimizer: it holds no loss scale, which starts "
-                f"anew at {self.loss_scale.first_scale}.",
-                stacklevel=2,
-            )
-        elif saved.rule.skips != self.loss_scale.skips:
-            warnings.warn(
-                f"The saved loss scale was {saved.rule}; this optimizer keeps {self.loss_scale}.",
-                stacklevel=2,
-            )
-            saved = checkpoint.fresh(self.loss_scale)
+        saved = None if entry is None else checkpoint.from_plain(entry)
+        saved = checkpoint.continued(saved, self.loss_scale)
         state_dict, digits = rests.split(self.inner_optimizer, state_dict)
         with self._wide.lent():
             self._load_inner(state_dict)
