@@ -44,6 +44,8 @@ def test_reductions_in_16_bits_are_an_option():
 def test_mistakes_are_named():
     with pytest.raises(PolicyError, match="call apply_policy first"):
         fsdp_policy(make())
+    with pytest.raises(PolicyError, match=r"takes the torch.nn.Module .* got a int"):
+        fsdp_policy(5)
     with pytest.raises(PolicyError, match="'half'.*allowed are"):
         fsdp_policy(apply_policy(make(), "mixed_bfloat16"), reduce_dtype="half")
 

@@ -203,3 +203,32 @@ def test_a_scale_that_cannot_be_read_is_named():
     for text in ("{", '{"steps": 1}'):
         with pytest.raises(LossScaleError, match=r"state_dict\['loss_scale'\]"):
             TrainingState(model, optimizer).load_state_dict({**state, "loss_scale": text})
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+def test_arguments_of_another_kind_are_named():
+    model, optimizer = started("mixed_float16")
+    with pytest.raises(LossScaleError, match="model must be a torch Module, got a LossScaleOpt"):
+        TrainingState(optimizer, model)
+    with pytest.raises(LossScaleError, match="optimizer must be a torch Optimizer, got a list"):
+        TrainingState(model, [optimizer])
+
+
+def test_an_optimizer_of_another_model_is_named():
+    (model, optimizer), (_, strange) = started("mixed_float16"), started("mixed_float16")
+    where = r"param_groups\[0\]\['params'\]\[0\], shape \(4, 4\), of this AdamW is no parameter"
+    with pytest.raises(LossScaleError, match=where):
+        TrainingState(model, strange).state_dict()
+    state = TrainingState(model, optimizer).state_dict()
+    with pytest.raises(LossScaleError, match=where):
+        TrainingState(model, strange).load_state_dict(state)
+
+
+def test_an_optimizer_of_a_part_of_the_model_is_saved():
+    model = apply_policy(make(), "mixed_float16")
+    optimizer = LossScaleOptimizer(torch.optim.AdamW(model[2].parameters()))
+    step(model, optimizer)
+    state = TrainingState(model, optimizer).state_dict()
+    assert sorted(state["optimizer"]["state"]) == ["2.0.bias", "2.0.weight"]

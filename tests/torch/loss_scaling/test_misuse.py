@@ -149,7 +149,7 @@ def test_wrapping_what_is_no_optimizer(weight):
         LossScaleOptimizer([weight])
 
 
-@pytest.mark.parametrize("max_norm", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("max_norm", [0, -1.0, float("nan"), "1", [1.0]])
 def test_a_norm_that_clips_nothing_sensible(weight, max_norm):
     with pytest.raises(LossScaleError, match="must be positive"):
         LossScaleOptimizer(torch.optim.SGD([weight]), max_norm=max_norm)

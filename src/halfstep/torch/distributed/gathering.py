@@ -32,7 +32,7 @@ def fsdp_policy(module: nn.Module, *, reduce_dtype: str = "float32") -> MixedPre
             skips the step.
 
     Raises:
-        PolicyError: a module without a policy, or an unknown dtype.
+        PolicyError: no module, or one without a policy; or an unknown dtype.
 
     >>> from halfstep.torch import apply_policy
     >>> block = apply_policy(nn.Sequential(nn.Linear(4, 8), nn.GELU()), "mixed_bfloat16")
@@ -43,6 +43,11 @@ def fsdp_policy(module: nn.Module, *, reduce_dtype: str = "float32") -> MixedPre
         raise PolicyError(
             f"fsdp_policy(reduce_dtype={reduce_dtype!r}): allowed are {', '.join(DTYPES)}."
             + nearest(str(reduce_dtype), DTYPES)
+        )
+    if not isinstance(module, nn.Module):
+        raise PolicyError(
+            f"fsdp_policy takes the torch.nn.Module that will be sharded, got a "
+            f"{type(module).__name__}."
         )
     if plan_of(module) is None:
         raise PolicyError(

@@ -12,7 +12,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from ...errors import LossScaleError
 from ..loss_scaling import LossScaleOptimizer, checkpoint, rests
+from ..loss_scaling.gradients import labelled
 from ..masters import update_of
 from .first_state import state_made
 
@@ -31,7 +33,12 @@ class TrainingState:
 
     Args:
         model: the model, sharded or not.
-        optimizer: its ``LossScaleOptimizer``, or a plain optimizer.
+        optimizer: its ``LossScaleOptimizer``, or a plain optimizer. It holds parameters of the
+            model, all or some.
+
+    Raises:
+        LossScaleError: another kind of argument; and, when it saves or loads, an optimizer with
+            parameters that are none of the model's.
 
     Source: the ``Stateful`` protocol of ``torch.distributed.checkpoint``.
 
@@ -45,6 +52,15 @@ class TrainingState:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for name, value, kind in (
+            ("model", model, nn.Module),
+            ("optimizer", optimizer, torch.optim.Optimizer),
+        ):
+            if not isinstance(value, kind):
+                raise LossScaleError(
+                    f"TrainingState(model, optimizer): {name} must be a torch {kind.__name__}, got "
+                    f"a {type(value).__name__}. Make one TrainingState for each optimizer."
+                )
         self.model = model
         self.optimizer = optimizer
 
@@ -56,6 +72,7 @@ class TrainingState:
         """
         scaling = self._scaling()
         inner = self.optimizer if scaling is None else scaling.inner_optimizer
+        self._refuse_strangers(inner)
         with state_made(self.optimizer) as made, rests.shown(inner):
             model, optimizer = get_state_dict(self.model, inner)
         state = {"model": model, "optimizer": optimizer, "stepped": made.stepped}
@@ -76,6 +93,7 @@ class TrainingState:
         """
         scaling = self._scaling()
         inner = self.optimizer if scaling is None else scaling.inner_optimizer
+        self._refuse_strangers(inner)
         saved = None if scaling is None else checkpoint.from_text(state_dict.get(checkpoint.KEY))
         with state_made(self.optimizer) as made:
             optimizer, wide = self._split(inner, state_dict["optimizer"])
@@ -114,6 +132,16 @@ class TrainingState:
                 state[name] = entries
                 wide.append((parameter, kept, entries))
         return {**state_dict, "state": state}, wide
+
+    def _refuse_strangers(self, inner: torch.optim.Optimizer) -> None:
+        own = {id(parameter) for parameter in self.model.parameters()}
+        for parameter, label in labelled(inner):
+            if id(parameter) not in own:
+                raise LossScaleError(
+                    f"TrainingState: {label}, of this {type(inner).__name__} is no parameter of "
+                    f"the {type(self.model).__name__}. The optimizer must hold the model's own, as "
+                    "they are after sharding: make it last."
+                )
 
     def _scaling(self) -> LossScaleOptimizer | None:
         return self.optimizer if isinstance(self.optimizer, LossScaleOptimizer) else None

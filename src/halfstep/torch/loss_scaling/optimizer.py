@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -106,8 +107,7 @@ class LossScaleOptimizer(EvaluatedStep):
         if skip not in get_args(Where):
             allowed = ", ".join(map(repr, get_args(Where)))
             raise LossScaleError(f"LossScaleOptimizer(skip={skip!r}): it must be one of {allowed}.")
-        if max_norm is not None and not max_norm > 0:
-            raise LossScaleError(f"LossScaleOptimizer(max_norm={max_norm!r}): it must be positive.")
+        _check_max_norm(max_norm)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if loss_scale is None:
             wanted = loss_scale_of(parameters)
@@ -374,6 +374,14 @@ class LossScaleOptimizer(EvaluatedStep):
         if saved.rule.skips:
             with self._wide.lent():
                 fusion.turn_on()
+
+
+def _check_max_norm(max_norm: Any) -> None:
+    if max_norm is not None and not (isinstance(max_norm, (Real, Tensor)) and max_norm > 0):
+        raise LossScaleError(
+            f"LossScaleOptimizer(max_norm={max_norm!r}): it must be positive, a number; or None, "
+            "which does not clip."
+        )
 
 
 def _check_optimizer(optimizer: object) -> None:
