@@ -377,7 +377,8 @@ class LossScaleOptimizer(EvaluatedStep):
 
 
 def _check_max_norm(max_norm: Any) -> None:
-    if max_norm is not None and not (isinstance(max_norm, (Real, Tensor)) and max_norm > 0):
+    known = max_norm is None or isinstance(max_norm, (Real, Tensor))
+    if not known or (max_norm is not None and not max_norm > 0):
         raise LossScaleError(
             f"LossScaleOptimizer(max_norm={max_norm!r}): it must be positive, a number; or None, "
             "which does not clip."
