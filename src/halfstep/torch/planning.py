@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,6 +27,7 @@ from .rules import (
     Rule,
     left_alone,
     rule_for,
+    rule_for_parametrization,
 )
 
 NEVER_ATTACHED = frozenset(rule.name for rule in (HOLDER, PARAMETRIZATION, SEALED, TRANSPARENT))
@@ -68,12 +69,7 @@ def plan_model(
     # every path of every module: one that lies in two places has two
     paths = dict(model.named_modules(remove_duplicate=False))
     resolved = _keep_losses(policies.resolve(paths), paths)
-    parametrizations = {
-        below
-        for module in paths.values()
-        if isinstance(module, ParametrizationList)
-        for below in module.modules()
-    }
+    parametrizations = _parametrizations(paths.values())
     plans: dict[nn.Module, LayerPlan] = {}
     for path, module in paths.items():
         if module in plans:
@@ -82,13 +78,22 @@ def plan_model(
         parent = resolved[path.rpartition(".")[0]].policy
         rule = rule_for(module, _tensors(module))
         if module in parametrizations:
-            rule = PARAMETRIZATION
+            rule = parametrizations[module]
         elif (
             path and rule is PLAIN and _runs_as_its_parent(module, resolved[path], parent, options)
         ):
             rule = TRANSPARENT
         plans[module] = _plan_module(module, path, resolved[path], parent, rule, options)
     return plans
+
+
+def _parametrizations(modules: Iterable[nn.Module]) -> dict[nn.Module, Rule]:
+    rules: dict[nn.Module, Rule] = {}
+    for module in modules:
+        # what lies in another one's follows that: the one feeds the other
+        if isinstance(module, ParametrizationList) and module not in rules:
+            rules.update(dict.fromkeys(module.modules(), rule_for_parametrization(module)))
+    return rules
 
 
 def _runs_as_its_parent(
@@ -153,7 +158,7 @@ def _plan_module(
     return LayerPlan(
         policy=policy,
         path=path,
-        why=f"{resolved.why}; {how.why}",
+        why=f"{resolved.why}; {how.why}{_words_of_normed(module, policy)}",
         rule=rule.name,
         compute=dtype_named(policy.compute_dtype),
         inputs=how.inputs,
@@ -260,11 +265,30 @@ def _to_store(module: nn.Module, policy: Policy, rule: Rule) -> tuple[tuple[str,
 
     Theirs without any policy: what one has stored by now is given back before this one is applied.
     """
-    plan = plan_of(module)
+    if rule.weights == "unchanged":
+        return ()
+    plan, normed = plan_of(module), _normed(module)
     before = {} if plan is None else dict(plan.stored)
     wanted = torch.float32 if rule.weights == "float32" else dtype_named(policy.variable_dtype)
     return tuple(
         (name, before.get(name, parameter.dtype))
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dtype in FLOATS and before.get(name, parameter.dtype) is not wanted
+        if parameter.dtype in FLOATS
+        and before.get(name, parameter.dtype) is not wanted
+        and name not in normed
     )
+
+
+def _normed(module: nn.Module) -> set[str]:
+    """Names of parameters that the hook of ``torch.nn.utils.spectral_norm`` divides by their norm.
+
+    Which it finds with buffers of theirs, in their dtype.
+    """
+    vectors = {name.removesuffix("_u") for name in module._buffers if name.endswith("_u")}
+    return module._parameters.keys() & {f"{name}_orig" for name in vectors}
+
+
+def _words_of_normed(module: nn.Module, policy: Policy) -> str:
+    if dtype_named(policy.variable_dtype) not in LOW:
+        return ""
+    return "".join(f", {name} as it is" for name in sorted(_normed(module)))

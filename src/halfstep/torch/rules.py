@@ -7,17 +7,19 @@ code otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.loss import _Loss
+from torch.nn.utils.parametrizations import _Orthogonal
+from torch.nn.utils.parametrize import ParametrizationList
 
 Inputs = Literal["keep", "cast", "cast finite", "float32", "float32 on cpu"]
 Weights = Literal[
-    "low", "low on cpu", "low off cpu", "low off cpu or transformed", "rows", "float32"
+    "low", "low on cpu", "low off cpu", "low off cpu or transformed", "rows", "float32", "unchanged"
 ]
 Inside = Literal["as it is", "functional", "on", "off"]
 
@@ -34,7 +36,7 @@ class Rule:
             everywhere or on a CPU, and to the compute dtype elsewhere.
         weights: where its weights are read in the compute dtype. ``"rows"``: only what is
             gathered from them; ``"float32"``: nowhere, and they stay float32 variables under
-            every policy.
+            every policy; ``"unchanged"``: nowhere, and they keep the dtype that they have.
         inside: how autocast is inside: as it is, on if functional="autocast", on, or off.
         result: whether what it returns is cast to the compute dtype.
         covers: whether it reads its children's weights without calling them.
@@ -172,6 +174,29 @@ UNTOUCHABLE: tuple[Untouchable, ...] = (
     ),
 )
 """What is left alone, with the reason that the summary gives."""
+
+
+KEEPS_DTYPE: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
+    (lambda module: isinstance(module, _Orthogonal), "torch has no 16-bit kernels for this"),
+    (
+        # spectral_norm multiplies them with the weight, and torch wants one dtype of both
+        lambda module: any(
+            buffer.is_floating_point() and buffer.dim() > 0
+            for buffer in module.buffers(recurse=False)
+        ),
+        "its buffers have that",
+    ),
+)
+"""Parametrizations whose originals no policy casts, with the reason that the summary gives."""
+
+
+def rule_for_parametrization(parametrizations: ParametrizationList) -> Rule:
+    """Return how a parametrized tensor is computed from what is stored of it."""
+    for test, reason in KEEPS_DTYPE:
+        if any(map(test, parametrizations.modules())):
+            why = f"computes a weight in the dtype that it has: {reason}"
+            return replace(PARAMETRIZATION, why=why, weights="unchanged")
+    return PARAMETRIZATION
 
 
 def left_alone(module: nn.Module) -> str | None:
