@@ -56,9 +56,18 @@ def port(node: fx.Node) -> Port:
 
 def name_of(node: fx.Node) -> str:
     """Return an operation's name without its overload, for instance ``'mm'``."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target.overloadpacket.__name__)
-    return getattr(node.target, "__name__", str(node.target))
+    return _name_of(node.target)
+
+
+def original_name_of(node: fx.Node) -> str:
+    """Return the name of the operation that this one was before it was taken apart."""
+    return _name_of(node.meta.get("original_aten") or node.target)
+
+
+def _name_of(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__)
+    return getattr(target, "__name__", str(target))
 
 
 def build(graph: fx.Graph, lists: OperationLists, kept: Callable[[fx.Node], str | None]) -> Program:

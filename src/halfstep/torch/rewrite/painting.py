@@ -13,6 +13,7 @@ from ...core.paint import OperationLists, Painting, paint
 from ...core.policy import Resolved
 from .apply import Rewritten, rewrite
 from .build import Program, build
+from .derivatives import derivatives_that_stay
 from .paths import Paths
 
 
@@ -69,7 +70,10 @@ class Painter:
             How many of its operations run in 16 bits.
         """
         paths = {node: self.paths.of(node) for node in graph.nodes if node.op == "call_function"}
-        program = build(graph, self.lists, lambda node: self.kept(paths.get(node)))
+        stay = derivatives_that_stay(graph, self.lists)
+        program = build(
+            graph, self.lists, lambda node: self.kept(paths.get(node)) or stay.get(node)
+        )
         painting = paint(program.graph, format_of(self.dtype))
         rewritten = rewrite(program, painting, getattr(torch, self.dtype))
         painted = Painted(program, painting, rewritten, paths)
