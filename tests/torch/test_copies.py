@@ -220,3 +220,41 @@ def test_a_model_knows_the_devices_of_parts_that_moved_by_themselves():
     assert copies.entry_of(model).devices == ("cpu",)
     model[0].to("meta")
     assert copies.entry_of(model).devices == ()
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+def test_hooks_of_weights_without_a_gradient_are_not_run():
+    model = apply_policy(Heads(), "mixed_bfloat16")
+    ran = []
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda grad, name=name: ran.append((name, grad is None)))
+        parameter.register_post_accumulate_grad_hook(
+            lambda p, name=name: ran.append((name, p.grad is None))
+        )
+    model(torch.ones(2, 4))[0].sum().backward()
+    assert sorted(ran) == sorted([("a.weight", False), ("a.bias", False)] * 2)
+
+
+def _step_at_once(parameter):
+    parameter.data.sub_(parameter.grad, alpha=0.125)
+
+
+def test_an_optimizer_in_the_backward_updates_each_weight_once():
+    model, other = apply_policy(Heads(), "mixed_bfloat16"), Heads()
+    other.load_state_dict(model.state_dict())
+    for trained in (model, other):
+        for parameter in trained.parameters():
+            parameter.register_post_accumulate_grad_hook(_step_at_once)
+        first, second = trained(torch.ones(2, 4))
+        first.sum().backward()
+        second.sum().backward()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

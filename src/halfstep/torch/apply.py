@@ -8,13 +8,14 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..core.compatibility import compatibility_check
 from ..core.global_policy import global_policy
 from ..core.policy import DTYPES, Policy, PolicyMap, as_policy_map
 from ..core.policy_names import Update
 from ..errors import PolicyError, PolicyWarning, nearest
-from . import masters, registry, shards
+from . import masters, registry, replicas, shards
 from .bare_steps import watch_steps
 from .casting import LOW, dtype_named
 from .layer import attach, detach, is_policied, plain_class, policied_class, register_parameters
@@ -109,6 +110,7 @@ def remove_policy(model: Model) -> Model:
     plans = {module: plan for module in model.modules() if (plan := plan_of(module)) is not None}
     if any(plan.stored for plan in plans.values()):
         shards.refuse_after_forward(model.modules())
+        replicas.refuse_change(model)
     for module, plan in plans.items():
         detach(module)
         for name, dtype in plan.stored:
@@ -170,6 +172,7 @@ def _check_plans(
             _check_covered(module, plan, plans)
     if any(plan.stored for plan in plans.values()):
         shards.refuse_after_forward(model.modules())
+        replicas.refuse_change(model)
     low = [plan for plan in plans.values() if plan.policy.is_low]
     if low and all(plan.rule in _NO_LAYER for plan in low):
         raise PolicyError(
@@ -239,7 +242,8 @@ def _store(module: nn.Module, name: str, dtype: torch.dtype, update: Update = "p
     parameter.grad_dtype = dtype
     if grad is not None:
         parameter.grad = grad.to(dtype)
-    if update != "plain" and dtype in LOW and parameter.requires_grad and not exact.is_meta:
+    empty = exact.is_meta or is_lazy(parameter)  # no digits yet: they will be drawn in 16 bits
+    if update != "plain" and dtype in LOW and parameter.requires_grad and not empty:
         masters.keep(parameter, exact.to(torch.float32), update)
         masters.keep_for_shards(module, name)
     if update != "plain":

@@ -26,6 +26,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import PolicyError
+from . import replicas
 from .grouping import SMALL_GROUP, Key, WeightGroups, cast_weights
 from .plan import plan_of, traced, transformed
 from .sharding import Recasts, is_sharded
@@ -185,18 +186,28 @@ class WeightCopies:
 
 
 def _alike(weight: torch.Tensor, group: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The group without a parameter that was frozen, thawed or cast since."""
+    """The group without a parameter that was frozen, thawed or cast since, or has hooks.
+
+    The one node of a group hands a gradient, or none, to every weight in it, and torch runs their
+    hooks for both.
+    """
     trained, stored = weight.requires_grad, weight.dtype
-    return [w for w in group if w.requires_grad is trained and w.dtype is stored]
+    if _hooked(weight):
+        return []
+    return [w for w in group if w.requires_grad is trained and w.dtype is stored and not _hooked(w)]
+
+
+def _hooked(weight: torch.Tensor) -> bool:
+    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
 def _one_by_one() -> bool:
     """Whether the weights of a group must be cast one by one just now."""
     if transformed() or traced():
         return True  # torch.func and the tracer know plain casts, and no autograd.Function
-    ddp = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
-    # it looks in the graph for parameters that take no part in this step; in a group all do
-    return ddp is not None and ddp.find_unused_parameters
+    # it sends a gradient as soon as it is told of it, and a group's node tells of all of them
+    # (and where a checkpointed block is run again, in the midst of its backward, it is the same)
+    return replicas.active() is not None or torch._C._current_graph_task_id() != -1
 
 
 @dataclass

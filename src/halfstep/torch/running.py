@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import PolicyError, PolicyWarning
+from . import replicas
 from .casting import LOW, cast_nested
 from .copies import WeightCopies, calls, copies_for, entry_of, is_selective
 from .plan import LayerPlan, plan_of, traced
@@ -112,6 +113,9 @@ def run_outermost(
 ) -> Any:
     """Call ``forward`` of a module that was called from outside, with copies for that call."""
     entry = entry_of(self)
+    ddp = replicas.active()
+    if ddp is not None and not traced():
+        replicas.settle(ddp)
     watch = self.training not in entry.watched and not traced()
     copies = copies_for(self, entry, watch)
     calls.copies, calls.devices = copies, entry.devices or _devices_among(args, kwargs)

@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 
 # what the processes run: they import each other from their own folder
-collect_ignore = ["clipping.py", "memory.py", "ranks.py", "training.py", "ways.py"]
+collect_ignore = [
+    "clipping.py",
+    "memory.py",
+    "ranks.py",
+    "replicated.py",
+    "training.py",
+    "ways.py",
+]
 
 
 def launch(ranks, folder):

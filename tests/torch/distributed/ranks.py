@@ -11,6 +11,7 @@ from pathlib import Path
 
 import clipping
 import memory
+import replicated
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -274,6 +275,8 @@ def main(rank, ranks, folder):
             "memory refused": memory.refused(),
             "deferred": memory.deferred(),
             "wanted": memory.wanted(),
+            "replicas agree": replicated.agreements(),
+            "replicas refused": replicated.refused(),
         }
     torch.save(found, folder / f"found-{ranks}-{rank}.pt")
     dist.destroy_process_group()
