@@ -36,16 +36,11 @@ class Kept:
     Attributes:
         update: ``"master"`` or ``"kahan"``.
         rest: the master, or what rounding cut off.
-        version: `version_of` the parameter when the two were last made to agree.
     """
 
     update: Update
     rest: Tensor
-    version: int
 
-
-_UNKNOWN = -1
-"""The version of no parameter: what trades places begins to count anew."""
 
 # by identity, because tensors compare elementwise; weakly, because a model may go away
 _kept: MutableMapping[Tensor, Kept] = WeakIdKeyDictionary()
@@ -74,9 +69,9 @@ def keep(parameter: Tensor, exact: Tensor, update: Update) -> Kept:
 def _keep_rest(parameter: Tensor, rest: Tensor, update: Update) -> Kept:
     kept = _kept.get(parameter)
     if kept is None:
-        kept = _kept[parameter] = Kept(update, rest, version_of(parameter))
+        kept = _kept[parameter] = Kept(update, rest)
     else:  # the same object: `_whole` must not keep an old master alive
-        kept.update, kept.rest, kept.version = update, rest, version_of(parameter)
+        kept.update, kept.rest = update, rest
     return kept
 
 
@@ -129,15 +124,8 @@ def let_go(module: nn.Module) -> Iterator[None]:
             there = module._parameters[name]
             if there is not None and policy is not None:
                 if name in kept:  # first: who is told of the policy asks for it
-                    kept[name].version = _UNKNOWN
                     _kept[there] = kept[name]
                 register(there, policy)
-
-
-def version_of(parameter: Tensor) -> int:
-    """Return a number that grows with every write to a parameter, or to its own shard."""
-    version = parameter._version
-    return version if type(parameter) in PLAIN else version + local(parameter)._version
 
 
 def adopt(parameter: Tensor, update: Update, rest: Tensor) -> None:
@@ -195,14 +183,19 @@ def kept_of(parameter: Tensor) -> Kept:
     A weight that somebody has written to since (``load_state_dict``, an average of weights) holds
     what counts: a digit is kept only where the weight is still what it was rounded to.
     """
+    kept = kept_before(parameter)
+    _fit([parameter], [kept.rest], kept.update)
+    return kept
+
+
+def kept_before(parameter: Tensor) -> Kept:
+    """Return what is kept of ``parameter``, beside it on its device; it may have changed since."""
     kept = known(parameter)
     update = update_of(parameter)
     if kept is None or kept.update != update or kept.rest.shape != parameter.shape:
         return keep(parameter, parameter.detach().to(torch.float32), update)
     if kept.rest.device != parameter.device:
         kept.rest = kept.rest.to(parameter.device)
-    if kept.version != version_of(parameter):
-        take_rest(parameter, kept.rest)
     return kept
 
 
@@ -210,28 +203,9 @@ def kept_of(parameter: Tensor) -> Kept:
 def take_rest(parameter: Tensor, rest: Tensor) -> None:
     """Keep a master or a compensation, bit for bit, wherever it belongs to what the weight is."""
     update = update_of(parameter)
-    rest = rest.to(parameter.device)
-    _keep_rest(parameter, _fitting(parameter.detach(), rest, update), update)
-
-
-def _fitting(low: Tensor, rest: Tensor, update: Update) -> Tensor:
-    if update == "master":
-        return torch.where(rest.to(low.dtype) == low, rest, low.float())
-    # a compensation of half the last place is a tie, which may round to the neighbour
-    inside = low.float() + rest.float() * 0.99
-    return torch.where(inside.to(low.dtype) == low, rest, torch.zeros_like(rest))
-
-
-@torch.no_grad()
-def agree_in_graph(parameter: Tensor, kept: Kept) -> Kept:
-    """Return ``kept``, in agreement with the parameter whoever has written to it since.
-
-    For ``torch.compile``, where no version tells whether somebody has: it looks at every digit.
-    """
-    if kept.rest.device != parameter.device:
-        kept.rest = kept.rest.to(parameter.device)
-    kept.rest.copy_(_fitting(parameter.detach(), kept.rest, kept.update))
-    return kept
+    rest = rest.to(parameter.device, copy=True)
+    _fit([parameter], [rest], update)
+    _keep_rest(parameter, rest, update)
 
 
 @torch.no_grad()
@@ -303,9 +277,48 @@ def widened_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [wide[id(t)] if id(t) in wide else t.to(torch.float32) for t in tensors]
 
 
+@torch.no_grad()
+def _fit(lows: Sequence[Tensor], rests: Sequence[Tensor], update: Update) -> None:
+    """Make what is kept agree with the weights, in place, whoever has written to those since.
+
+    Every digit is looked at, on the device and with few launches: ``Tensor._version`` counts no
+    write through ``.data``, and none of ``torch.distributed.broadcast``.
+    """
+    FIT[update](locals_of(lows), locals_of(rests))
+
+
+def _fit_masters(lows: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
+    wide = widened_all([*lows, *_changed(lows, masters)])
+    torch._foreach_lerp_(list(masters), wide[: len(lows)], wide[len(lows) :])  # exact for 0 and 1
+
+
+def _fit_sums(lows: Sequence[Tensor], rests: Sequence[Tensor]) -> None:
+    wide = widened_all([*lows, *rests])
+    sums, inside = wide[: len(lows)], wide[len(lows) :]
+    # a compensation of half the last place is a tie, which may round to the neighbour
+    torch._foreach_mul_(inside, 0.99)
+    torch._foreach_add_(sums, inside)
+    changed = _changed(lows, sums)
+    torch._foreach_neg_(changed)
+    torch._foreach_add_(changed, 1.0)
+    torch._foreach_mul_(list(rests), changed)
+
+
+def _changed(lows: Sequence[Tensor], exact: Sequence[Tensor]) -> list[Tensor]:
+    """Return 1.0 where a weight is not what an exact value rounds to, and 0.0 where it is."""
+    rounded = [torch.empty_like(low) for low in lows]
+    copy_all(rounded, exact)
+    torch._foreach_sub_(rounded, list(lows))
+    torch._foreach_sign_(rounded)
+    torch._foreach_abs_(rounded)
+    return rounded
+
+
 def open_masters(lows: Sequence[Tensor], kept: Sequence[Kept]) -> list[Tensor]:
     """Return the float32 values to update: the masters themselves."""
-    return [each.rest for each in kept]
+    masters = [each.rest for each in kept]
+    _fit(lows, masters, "master")
+    return masters
 
 
 def close_masters(
@@ -317,6 +330,7 @@ def close_masters(
 
 def open_sums(lows: Sequence[Tensor], kept: Sequence[Kept]) -> list[Tensor]:
     """Return the float32 values to update: weights and what was cut off them, together."""
+    _fit(lows, [each.rest for each in kept], "kahan")
     wide = widened_all(lows)
     rests = widened_all([local(each.rest) for each in kept])
     torch._foreach_add_(locals_of(wide), rests)
@@ -342,5 +356,6 @@ def close_sums(
     copy_all([*lows, *rests], [*rounded, *cut])
 
 
+FIT: dict[Update, Callable[..., None]] = {"master": _fit_masters, "kahan": _fit_sums}
 OPEN: dict[Update, Callable[..., list[Tensor]]] = {"master": open_masters, "kahan": open_sums}
 CLOSE: dict[Update, Callable[..., None]] = {"master": close_masters, "kahan": close_sums}

@@ -24,7 +24,7 @@ from ...core.policy_names import Update
 from ...errors import LossScaleError, LossScaleWarning
 from ..bare_steps import lending
 from ..casting import LOW
-from ..masters import CLOSE, OPEN, Kept, agree_in_graph, kept_of, recall, version_of, widened_all
+from ..masters import CLOSE, OPEN, Kept, kept_before, kept_of, recall, widened_all
 from ..registry import policy_of_parameter, tell
 from .closures import evaluates_once
 from .gradients import groups_of
@@ -200,8 +200,8 @@ class WideSide:
 
     def _kept_of(self, low: Tensor) -> Kept:
         if torch.compiler.is_compiling():  # Dynamo does not trace dictionaries of weak references
-            return agree_in_graph(low, self._kept[id(low)])
-        return kept_of(low)
+            return self._kept[id(low)]
+        return kept_before(low)
 
     def _step_part(
         self,
@@ -226,9 +226,6 @@ class WideSide:
         for update, wides in opened.items():
             lows, rests = kept[update]
             CLOSE[update](lows, rests, wides, found)
-            if not torch.compiler.is_compiling():
-                for low, rest in zip(lows, rests, strict=True):
-                    rest.version = version_of(low)
         return result
 
     @contextmanager
