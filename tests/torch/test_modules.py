@@ -242,6 +242,21 @@ def test_module(case, functional, policy, relative_error):
             assert error < 4 * LIMIT[policy], name
 
 
+@pytest.mark.parametrize("policy", ["kahan_bfloat16", "master_float16"])
+@pytest.mark.parametrize("case", CASES)
+def test_module_with_16_bit_variables(case, policy, relative_error):
+    (plain, expected), (model, output) = twins(*CASES[case], policy, "autocast")
+    limit = LIMIT["mixed_bfloat16" if policy == "kahan_bfloat16" else "mixed_float16"]
+    assert output.dtype is torch.float32
+    assert 0 < relative_error(output, expected) < limit, "it did run in 16 bits, and well"
+    for (name, parameter), twin in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (parameter.grad is None) == (twin.grad is None), name
+        if twin.grad is not None and twin.grad.norm() > 1e-4:
+            assert parameter.grad.dtype is parameter.dtype, name
+            grad = parameter.grad.to_dense().float()
+            assert relative_error(grad, twin.grad.to_dense()) < 4 * limit, name
+
+
 @pytest.mark.parametrize("case", ["MultiheadAttention", "TransformerEncoderLayer", "LSTM", "lazy"])
 @pytest.mark.parametrize("functional", ["autocast", "compute"])
 def test_module_in_inference(case, functional, relative_error):

@@ -205,3 +205,25 @@ def test_bytes_of_a_weight_under_adam(policy, held, copies):
     optimizer.backward(model(inputs).sum())
     optimizer.step()
     assert _held(model, optimizer) == held
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("name", ["master_bfloat16", "master_float16", "kahan_bfloat16"])
+def test_lazy_layers_are_kept_once_they_have_values(name):
+    torch.manual_seed(0)
+    model = apply_policy(nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(1)), name)
+    inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    model(inputs)
+    optimizer = LossScaleOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), 64)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append((model(inputs) - 1).square().mean())
+        optimizer.backward(losses[-1])
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    for parameter in model.parameters():
+        assert parameter.dtype.itemsize == 2
+        kept = masters.known(parameter)
+        assert kept.rest.shape == parameter.shape
+        assert not torch.equal(masters.exact_of(parameter), parameter.float())
