@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
+
+from halfstep.torch import LossScaleOptimizer
 
 from .styles import COMPARED, Optimizing, Style
 from .workloads import Batch, Workload
@@ -57,6 +59,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.casts: list[Cast] = []
         self.groups: list[Cast] = []
         self.host_reads = 0
+        self.counter_reads = 0
+        self.counters: frozenset[int] = frozenset()  # the storages of counters on the CPU
         self.copied_bytes = 0
         self.launches = 0
 
@@ -78,7 +82,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif operation is aten._foreach_copy_:
             self._cast(list(zip(args[1], args[0], strict=True)), self.groups)
         elif operation is aten._local_scalar_dense:
-            self.host_reads += 1
+            waits = args[0].untyped_storage()._cdata not in self.counters
+            self.host_reads += waits
+            self.counter_reads += not waits
         elif operation is aten._foreach_clone:
             self.copied_bytes += _bytes(*result)
         return result
@@ -146,6 +152,8 @@ class Counts:
         group_bytes: bytes that those read and write.
         saved_bytes: bytes kept for backward; of the last micro-batch.
         host_reads: reads of a value on the host that are visible to the dispatcher.
+        counter_reads: reads of counters that the optimizer keeps on the CPU wherever its
+            parameters are, which wait for nothing; they are no part of the reads above.
         copied_bytes: bytes of grouped copies, which halfstep makes to take a step back.
         launches: operations that run something on the device, the optimizer's too; a grouped one
             is one.
@@ -157,6 +165,7 @@ class Counts:
     group_bytes: int
     saved_bytes: int
     host_reads: int
+    counter_reads: int
     copied_bytes: int
     launches: int
 
@@ -227,10 +236,41 @@ def observe(training: Training) -> Observer:
     return observer
 
 
-def count(training: Training) -> Counts:
-    """Take a step to warm up and one to count in."""
+def kept_on_cpu(optimizer: MakeOptimizer) -> frozenset[str]:
+    """Return the names of the state that an optimizer keeps on the CPU, wherever parameters are.
+
+    Asked on the meta device, which is neither the CPU nor has to be there. A step that reads a
+    value of that fails, but has made its state by then.
+    """
+    parameter = nn.Parameter(torch.empty(2, 2, device="meta"))
+    parameter.grad = torch.empty_like(parameter)
+    state: dict[str, Any] = {}
+    with suppress(RuntimeError):  # fused kernels, which read nothing, are not for this device
+        asked = optimizer([parameter])
+        state = asked.state[parameter]
+        asked.step()
+    return frozenset(
+        name
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.device.type == "cpu"
+    )
+
+
+def _counters(training: Training, names: Collection[str]) -> frozenset[int]:
+    optimizer = training.optimizing.optimizer
+    bare = optimizer.inner_optimizer if isinstance(optimizer, LossScaleOptimizer) else optimizer
+    return frozenset(
+        state[name].untyped_storage()._cdata
+        for state in bare.state.values()
+        for name in set(names) & state.keys()
+    )
+
+
+def count(training: Training, counters: Collection[str] = ()) -> Counts:
+    """Take a step to warm up and one to count in; ``counters`` is of `kept_on_cpu`."""
     training.step()
     saved, observer = Saved(training.model), Observer()
+    observer.counters = _counters(training, counters)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, _unpack), observer:
         training.step(observer)
     phases = ("forward", "backward", "optimizer")
@@ -241,6 +281,7 @@ def count(training: Training) -> Counts:
         group_bytes=sum(cast.moved for cast in observer.groups),
         saved_bytes=saved.bytes // training.micro_batches,
         host_reads=observer.host_reads,
+        counter_reads=observer.counter_reads,
         copied_bytes=observer.copied_bytes,
         launches=observer.launches,
     )

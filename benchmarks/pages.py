@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import whole_steps
+from . import whole_steps, worse
 from .machine import sentence
 from .styles import RIVALS
 from .tables import Table
@@ -13,20 +13,33 @@ from .tables import Table
 Row = dict[str, Any]
 
 
-RATIOS = ("time / float32", "quartiles", "time / torch.amp", "quartiles")
+RATIOS = ("time / float32 (quartiles)", "time / torch.amp (quartiles)")
+CASTS = ("casts", "KB cast", "groups", "KB grouped")
 
 
-def step_tables(results: Row) -> Iterator[tuple[Table, str]]:
-    """Yield a table for each workload, and what it is."""
+def step_tables(results: Row) -> Iterator[tuple[Table, Table, str]]:
+    """Yield for each workload what is counted, what is timed, and what it is."""
     rows = results["steps"]
     head = (
-        "style", "casts fwd", "bwd", "KB", "grouped", "KB", "saved KB", "launches", "host reads",
-        *RATIOS,
+        "style", "casts forward", "casts backward", *CASTS[1:], "KB saved", "launches",
+        "host reads",
     )  # fmt: skip
     for workload in dict.fromkeys(row["workload"] for row in rows):
         mine = [row for row in rows if row["workload"] == workload]
-        table = Table(workload, head, [_step_cells(row) for row in mine if row["why"] is None])
-        yield table, mine[0]["about"] + _cannot(mine)
+        ran = [row for row in mine if row["why"] is None]
+        timed = [
+            [short(row["style"]), *_ratios(row["time"])] for row in ran if row["time"] is not None
+        ]
+        yield (
+            Table(workload, head, [_step_cells(row) for row in ran]),
+            Table(f"{workload}: time", ("style", *RATIOS), timed),
+            mine[0]["about"] + _cannot(mine),
+        )
+
+
+def short(style: str) -> str:
+    """Return a style's name as the tables have it, which are wide enough with that."""
+    return style.replace(", CUDA's lists", " CUDA").replace("weights_unchanged", "unchanged")
 
 
 def _cannot(rows: list[Row]) -> str:
@@ -41,7 +54,7 @@ def _cannot(rows: list[Row]) -> str:
 
 def _step_cells(row: Row) -> list[str]:
     return [
-        row["style"],
+        short(row["style"]),
         str(row["casts"]["forward"]),
         str(row["casts"]["backward"]),
         _kb(row["cast_bytes"]),
@@ -50,8 +63,12 @@ def _step_cells(row: Row) -> list[str]:
         _kb(row["saved_bytes"]),
         str(row["launches"]),
         str(row["host_reads"]),
-        *_ratios(row["time"]),
     ]
+
+
+def _cast_cells(row: Row) -> list[str]:
+    casts = sum(row["casts"].values())
+    return [str(casts), _kb(row["cast_bytes"]), str(row["groups"]), _kb(row["group_bytes"])]
 
 
 def _kb(number: int) -> str:
@@ -61,8 +78,12 @@ def _kb(number: int) -> str:
 def _ratios(time: Row | None) -> Iterator[str]:
     for key in ("to_float32", "to_amp"):
         ratio = None if time is None else time[key]
-        yield "" if ratio is None else f"{ratio['median']:.2f}"
-        yield "" if ratio is None else f"{ratio['low']:.2f} - {ratio['high']:.2f}"
+        yield "" if ratio is None else spread(ratio)
+
+
+def spread(ratio: Row) -> str:
+    """Return a median and its quartiles in one cell."""
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} - {ratio['high']:.2f})"
 
 
 def host_table(results: Row) -> Table:
@@ -82,16 +103,13 @@ def host_table(results: Row) -> Table:
 
 def accumulation_table(results: Row) -> Table:
     """Casts of one optimizer step over several micro-batches."""
-    head = ("model", "style", "casts", "KB", "grouped", "KB", "bytes / torch.amp", "/ CUDA's lists")
+    head = ("model", "style", *CASTS, "bytes / torch.amp", "bytes / torch.amp CUDA")
     rows = results["accumulation"]
     cells = [
         [
             row["workload"],
-            row["style"],
-            str(sum(row["casts"].values())),
-            _kb(row["cast_bytes"]),
-            str(row["groups"]),
-            _kb(row["group_bytes"]),
+            short(row["style"]),
+            *_cast_cells(row),
             *(_moved_against(row, rows, kind) for kind in ("torch.amp", "torch.amp, CUDA's lists")),
         ]
         for row in rows
@@ -119,139 +137,82 @@ def _moved_against(row: Row, rows: list[Row], kind: str) -> str:
 
 def compiled_table(results: Row) -> Table:
     """What torch.compile makes of each style."""
-    head = (
-        "model", "style", "graphs", "breaks", "recompiles", "casts", "KB", "grouped", "KB",
-        "saved KB", *RATIOS, "whole step in one graph",
-    )  # fmt: skip
+    head = ("model", "style", "graphs", "breaks", "recompiles", *CASTS, "KB saved")
     rows = [
         [
             row["workload"],
             row["style"],
             *(str(row[key]) for key in ("graphs", "breaks", "recompiles")),
-            str(sum(row["casts"].values())),
-            _kb(row["cast_bytes"]),
-            str(row["groups"]),
-            _kb(row["group_bytes"]),
+            *_cast_cells(row),
             _kb(row["saved_bytes"]),
-            *_ratios(row["time"]),
-            row.get("whole step") or "",
         ]
         for row in results["compiled"]
     ]
     return Table("compiled, backend aot_eager", head, rows, words=2)
 
 
-TABLES: dict[str, Callable[[Row], Table]] = {}
+def compiled_times(results: Row) -> Table:
+    """The time of each compiled style, and whether a whole step compiles."""
+    head = ("model", "style", "whole step in one graph", *RATIOS)
+    rows = [
+        [row["workload"], row["style"], row.get("whole step") or "", *_ratios(row["time"])]
+        for row in results["compiled"]
+    ]
+    return Table("compiled: time", head, rows, words=3)
+
+
+TABLES: dict[str, tuple[Callable[[Row], Table], ...]] = {}
 """The tables of the parts that have one, filled below; the steps have one a workload."""
 
 
 def show(results: Row) -> None:
     """Print the tables of the parts that were measured."""
     if "steps" in results:
-        for table, about in step_tables(results):
-            table.show()
+        for counts, times, about in step_tables(results):
+            counts.show()
+            times.show()
             print(about)
         print(EMULATED)
-    for part, make in TABLES.items():
-        if part in results:
+    for part, makers in TABLES.items():
+        for make in makers if part in results else ():
             make(results).show()
     if {"steps", "host_time"} <= set(results):
-        worse_table(results).show()
-        print(reasons())
+        worse.table(results).show()
+        print(worse.reasons())
 
 
 def reads_table(results: Row) -> Table:
-    """Host reads, and what none at all costs."""
+    """Host reads that wait, those that do not, and what none at all costs."""
     kinds = ("float32", "torch.amp", "halfstep", "halfstep, skip='device'")
-    rows = [
-        [
-            row["optimizer"] + (" and clipping" if row["max_norm"] else ""),
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in results["host_reads"]:
+        cells = (
             *(str(row["reads"].get(kind, "")) for kind in kinds),
-            str(row.get("more_launches", "")),
-            _kb(row.get("copied_bytes", 0)),
-        ]
-        for row in results["host_reads"]
+            *(str(row["counter_reads"][kind]) for kind in ("float32", "halfstep")),
+            str(row["more_launches"]),
+            _kb(row["copied_bytes"]),
+        )
+        clipped = " and clipping" if row["max_norm"] else ""
+        found.setdefault((row["optimizer"], *cells), []).append(clipped)
+    rows = [
+        # clipping makes no difference where both rows are the same
+        [cells[0] + (clipped[0] if len(clipped) == 1 else ""), *cells[1:]]
+        for cells, clipped in found.items()
     ]
     head = (
-        "optimizer", "bare, float32", "torch.amp + GradScaler", "LossScaleOptimizer",
-        "with skip='device'", "its launches", "its copies, KB",
+        "optimizer", "reads, bare float32", "torch.amp", "LossScaleOptimizer", "skip='device'",
+        "CPU counters, bare", "with LossScaleOptimizer", "its launches", "its copies, KB",
     )  # fmt: skip
     return Table("host reads in one step, as the dispatcher sees them", head, rows)
 
 
-MEASURES: tuple[tuple[str, Callable[[Row], float]], ...] = (
-    ("casts", lambda row: sum(row["casts"].values()) + row["groups"]),
-    ("bytes moved by casts", lambda row: row["cast_bytes"] + row["group_bytes"]),
-    ("bytes saved for backward", lambda row: row["saved_bytes"]),
-)
-
-REASONS: tuple[str, ...] = (
-    "Every module with a policy runs a few lines of Python around its forward, and every step "
-    "makes the weights' copies by a Python autograd node; `torch.autocast` is written in C++.",
-    "As (1), and what `LossScaleOptimizer` does around the optimizer's step is Python too.",
-    "A part is the host's, (1) or (2): 0.1 to 0.5 ms where it is measured alone, on the tiny "
-    "models. The rest of these 1 to 2 % is not explained.",
-)
-"""Why halfstep is slower or needs more."""
-
-HOST_BOUND = ("tiny-mlp", "tiny-gpt", "tiny-convnet", "mlp")
-"""Where what the host does is a large enough part of a step to explain a slower one."""
-
-
 TABLES |= {
-    "host_time": host_table,
-    "accumulation": accumulation_table,
-    "compiled": compiled_table,
-    "whole_steps": whole_steps.table,
-    "host_reads": reads_table,
+    "host_time": (host_table,),
+    "accumulation": (accumulation_table,),
+    "compiled": (compiled_table, compiled_times),
+    "whole_steps": (whole_steps.table,),
+    "host_reads": (reads_table,),
 }
-
-
-def worse_table(results: Row) -> Table:
-    """Where halfstep is worse."""
-    rows = [
-        [row["workload"], row["style"], *cells]
-        for row in (*results["steps"], *results["host_time"])
-        if row["kind"] in RIVALS and row.get("why") is None
-        for cells in (*_more(row, results["steps"]), *_slower(row))
-    ]
-    head = ("model", "style", "measure", "of torch.amp's", "reason")
-    return Table("where halfstep is worse than torch.amp", head, rows, words=5)
-
-
-def _slower(row: Row) -> Iterator[list[str]]:
-    ratio = None if row["time"] is None else row["time"]["to_amp"]
-    if ratio is not None and ratio["low"] > 1:
-        yield ["time", f"{ratio['median']:.2f}x", _reason("time", row)]
-
-
-def _more(row: Row, rows: list[Row]) -> Iterator[list[str]]:
-    amp = [
-        other
-        for other in rows
-        if (other["workload"], other["dtype"], other["kind"])
-        == (row["workload"], row["dtype"], RIVALS[row["kind"]])
-        and other["why"] is None
-    ]
-    for name, value in MEASURES if amp else ():
-        mine, theirs = value(row), value(amp[0])
-        if mine > theirs * SAME:
-            yield [name, f"{mine / theirs:.2f}x" if theirs else "more", _reason(name, row)]
-
-
-SAME = 1.005
-"""A scalar that the loss scale saves is no difference."""
-
-
-def _reason(measure: str, row: Row) -> str:
-    if measure != "time" or row["workload"] not in HOST_BOUND:
-        return "(3)"
-    return "(2)" if row["dtype"] == "float16" else "(1)"
-
-
-def reasons() -> str:
-    """Return the reasons that the table names."""
-    return "\n".join(f"{number}. {reason}" for number, reason in enumerate(REASONS, 1))
 
 
 EMULATED = (
@@ -271,24 +232,28 @@ How it is measured:
 
 - *Casts* change the dtype of a float tensor. They are counted where they reach the device, below
   autograd and autocast, over a whole step: forward, loss, backward, and an optimizer that makes
-  none. *Grouped* casts take many tensors in one call (`_foreach_copy_`), which a GPU runs in a few
-  launches. *KB* (1,000 bytes) are read and written by them.
-- *Saved* is what the forward pass keeps for the backward pass: every storage once, without the
+  none. *Groups* are casts of many tensors in one call (`_foreach_copy_`), which a GPU runs in a few
+  launches. *KB cast* and *KB grouped* (1,000 bytes) are read and written by the two.
+- *Launches* are operations that run something on the device, the optimizer's too; a grouped one is
+  one, a view or an allocation none.
+- *KB saved* is what the forward pass keeps for the backward pass: every storage once, without the
   model's own parameters and buffers, with 16-bit copies of them.
 - *Time / float32* is the median, over rounds that time every style once in rotating order, of the
   time of a step over the time of the same step in float32 in the same round, with the quartiles
-  of that ratio; *time / torch.amp* is the same over torch.amp in the same dtype. The optimizer is
-  `AdamW(fused=True)`. On a CPU the clock counts the processor time of this process, so that other
-  work on the machine does not count.
-- *CUDA's lists*: on a CPU, `torch.autocast` leaves softmax, norms and most losses in 16 bits; on
-  CUDA it sends them to float32. That is emulated here above autocast (`benchmarks/styles.py`),
-  for `torch.amp` and for halfstep's default, which runs the code between layers under autocast,
-  and not timed. On CUDA, softmax of float16 needs no cast of its own, because one kernel reads
-  float16 and writes float32 and another does the reverse for the gradient; such casts do not count
-  here. There is none for bfloat16. `functional="compute"` follows no lists. An RMSNorm in 16 bits
-  has one kernel on CUDA; on a CPU it casts to float32 and back, with any lists.
+  of that ratio behind it; *time / torch.amp* is the same over torch.amp in the same dtype. The
+  optimizer is `AdamW(fused=True)`. On a CPU the clock counts the processor time of this process,
+  so that other work on the machine does not count.
+- *CUDA* in a style's name: on a CPU, `torch.autocast` leaves softmax, norms and most losses in 16
+  bits; on CUDA it sends them to float32. CUDA's lists are emulated here above autocast
+  (`benchmarks/styles.py`), for `torch.amp` and for halfstep's default, which runs the code
+  between layers under autocast, and not timed. On CUDA, softmax of float16 needs no cast of its
+  own, because one kernel reads float16 and writes float32 and another does the reverse for the
+  gradient; such casts do not count here. There is none for bfloat16. `functional="compute"`
+  follows no lists. An RMSNorm in 16 bits has one kernel on CUDA; on a CPU it casts to float32 and
+  back, with any lists.
 - *Inputs cast* is `cast_forward_inputs=True`, for the models whose float32 inputs are the beginning
   of a residual stream: without it the stream stays float32, as under `torch.amp`.
+- A cell is empty where nothing was measured, or there is nothing to compare with.
 
 Step times on a CPU without 16-bit arithmetic say what 16 bits cost there, and nothing about a
 GPU: `halfstep doctor --measure` says what they cost on yours.
@@ -302,18 +267,19 @@ def page(results: Row, gpus: Sequence[str] = ()) -> str:
         "## One optimizer step",
         STEPS,
     ]
-    for table, about in step_tables(results):
-        parts += [f"### {table.title}", about[0].upper() + about[1:] + ".", table.markdown()]
-    for heading, text, table in (
-        ("Host time", HOST_TIME, host_table(results)),
-        ("Gradient accumulation", ACCUMULATION, accumulation_table(results)),
-        ("Compiled", COMPILED, compiled_table(results)),
-        ("A whole step in one graph", whole_steps.ABOUT, whole_steps.table(results)),
-        ("Host reads", HOST_READS, reads_table(results)),
-        ("Where halfstep is worse", WORSE, worse_table(results)),
+    for counts, times, about in step_tables(results):
+        parts += [f"### {counts.title}", about[0].upper() + about[1:] + "."]
+        parts += [counts.markdown(), times.markdown()]
+    for heading, text, tables in (
+        ("Host time", HOST_TIME, [host_table]),
+        ("Gradient accumulation", ACCUMULATION, [accumulation_table]),
+        ("Compiled", COMPILED, [compiled_table, compiled_times]),
+        ("A whole step in one graph", whole_steps.ABOUT, [whole_steps.table]),
+        ("Host reads", HOST_READS, [reads_table]),
+        ("Where halfstep is worse", worse.ABOUT, [worse.table]),
     ):
-        parts += [f"## {heading}", text, table.markdown()]
-    parts += [reasons(), "## On a GPU", ON_A_GPU, *(gpus or [NO_GPU])]
+        parts += [f"## {heading}", text, *(make(results).markdown() for make in tables)]
+    parts += [worse.reasons(), "## On a GPU", ON_A_GPU, *(gpus or [NO_GPU])]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -333,16 +299,17 @@ mixed precision of these layers can take less. What else the host can save it sa
 ACCUMULATION = """
 Between the micro-batches of a step no weight changes; `weights_unchanged` says so, and their
 copies are made once a step. `torch.autocast` keeps its copies only inside one `with` block, here
-one a micro-batch, as its documentation advises. Of the last two columns, one divides by torch.amp
-with this device's lists, one by torch.amp with CUDA's; halfstep's default is compared with the same
-lists. Made by
-`python -m benchmarks --part accumulation`."""
+one a micro-batch, as its documentation advises. *Unchanged* rows have `weights_unchanged`. Of
+the last two columns, one divides by torch.amp with this device's lists, one by torch.amp with
+CUDA's; halfstep's default is compared with the same lists. Made by `python -m benchmarks --part
+accumulation`."""
 
 COMPILED = """
 `torch.compile(backend="aot_eager")` runs the compiled graph operation by operation: its graphs,
 casts and bytes are those of any backend, its time says only what the host does. Compared with
-torch.amp and float32 compiled the same way. `halfstep rewrite` is `halfstep.torch.autocast`, which
-has no eager form. *Recompiles* are graphs made after the second step. The last column compiles
+torch.amp and float32 compiled the same way. `halfstep rewrite` is `halfstep.torch.autocast`,
+which has no eager form. *Breaks* are the places where Dynamo leaves the graph and begins
+another, *recompiles* graphs made after the second step. The second table's third column compiles
 the whole step (forward, backward, loss scale, optimizer, clearing the gradients) with
 `fullgraph=True`, in float16 where the style has 16 bits, and says at which line torch leaves it.
 Made by `python -m benchmarks --part compiled`."""
@@ -359,13 +326,12 @@ why."""
 NO_GPU = "No results are committed yet: none was at hand."
 
 HOST_READS = """
-Every read makes a GPU wait until the host has seen the value. What the bare optimizer reads are
-its own step counters, on the CPU: `LossScaleOptimizer` turns the fused kernel on where there is
-one, which needs none of them. On a CPU the host looks at a flag where it lies, for nothing; so that
-the reads of an accelerator show, that way is closed here. With `skip='device'` no optimizer needs
-a read: where there is no fused kernel it is the launches of the last columns more, and the copies,
-which exist until the step is over. Made by `python -m benchmarks --part host_reads`."""
-
-WORSE = """
-Each measure of each model in which halfstep does worse than `torch.amp` in the same dtype with
-the same lists; a time counts where the lower quartile of the ratio is above 1."""
+A read of a value on the device makes a GPU wait until the host has seen it: the first four columns.
+ASGD and Adafactor read values of their own there, which is no matter of the loss scale. The next
+two count reads of what an optimizer keeps on the CPU wherever the parameters are, its step counters
+above all: they wait for nothing. `LossScaleOptimizer` turns the fused kernel on where there is one,
+which needs none of them. On a CPU the host looks at a flag where it lies, for nothing; so that the
+reads of an accelerator show, that way is closed here. With `skip='device'` no optimizer needs a
+read for the loss scale: where there is no fused kernel it is the launches of the last columns more,
+and the copies, which exist until the step is over. Clipping changes none of these numbers. Made by
+`python -m benchmarks --part host_reads`."""

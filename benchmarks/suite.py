@@ -13,7 +13,7 @@ from halfstep.errors import PolicyError
 from halfstep.torch import weights_unchanged
 from halfstep.torch.loss_scaling import host
 
-from .measures import Counts, MakeOptimizer, Training, count, start, time_together
+from .measures import Counts, MakeOptimizer, Training, count, kept_on_cpu, start, time_together
 from .styles import LOW, RIVALS, Style, styles_of
 from .workloads import TINY, Workload, workloads_for
 
@@ -145,10 +145,12 @@ def _reads(
     styles: Iterable[Style], device: str, optimizer: MakeOptimizer, max_norm: float | None
 ) -> Row:
     """Return the reads of each style, and what the last of them costs beyond the one before."""
-    counts = {s.kind: count(start(TINY[0], s, device, optimizer, max_norm)) for s in styles}
+    on_cpu = kept_on_cpu(optimizer)
+    counts = {s.kind: count(start(TINY[0], s, device, optimizer, max_norm), on_cpu) for s in styles}
     *_, read, undone = counts.values()
     return {
         "reads": {kind: each.host_reads for kind, each in counts.items()},
+        "counter_reads": {kind: each.counter_reads for kind, each in counts.items()},
         "more_launches": undone.launches - read.launches,
         "copied_bytes": undone.copied_bytes,
     }

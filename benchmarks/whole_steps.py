@@ -89,8 +89,8 @@ def _wrap(training: Training) -> None:
 def table(results: Row) -> Table:
     """Time of whole steps in one graph."""
     head = (
-        "model", "style", "first 3 steps, s", "ms a step", "time / torch.amp", "quartiles",
-        "time / torch.amp, model compiled", "quartiles",
+        "model", "style", "first 3 steps, s", "ms a step", "time / torch.amp (quartiles)",
+        "time / torch.amp, model compiled",
     )  # fmt: skip
     rows = [
         [
@@ -98,21 +98,21 @@ def table(results: Row) -> Table:
             row["style"],
             f"{row['first_steps']:.1f}",
             f"{row['seconds'] * 1e3:.2f}",
-            *(cell for key in ("to_amp", "to_compiled_amp") for cell in _cells(row[key])),
+            *(_cell(row[key]) for key in ("to_amp", "to_compiled_amp")),
         ]
         for row in results["whole_steps"]
     ]
     return Table("a whole step in one graph, backend inductor", head, rows, words=2)
 
 
-def _cells(found: Row) -> tuple[str, str]:
-    return f"{found['median']:.2f}", f"{found['low']:.2f} - {found['high']:.2f}"
+def _cell(found: Row) -> str:
+    return f"{found['median']:.2f} ({found['low']:.2f} - {found['high']:.2f})"
 
 
 ABOUT = """
 What a compiler gains from a step that it sees whole: forward and backward pass, loss scale,
 optimizer and clearing the gradients. With `LossScaleOptimizer` all of it is one graph of
 `torch.compile(step, fullgraph=True)` ([how](loss-scaling.md)); with `torch.amp` the model can be
-compiled, and the scaler and the optimizer stay outside. The backend is Inductor, with empty caches;
-on a CPU it compiles for long. Made by `python -m benchmarks --part whole_steps`, and for other
-models by `--only NAME` with it."""
+compiled, and the scaler and the optimizer stay outside. The backend is Inductor, with empty
+caches; on a CPU it compiles for long, which the first three steps show. Made by
+`python -m benchmarks --part whole_steps`, and for other models by `--only NAME` with it."""

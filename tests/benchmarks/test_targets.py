@@ -166,13 +166,13 @@ def test_a_style_that_cannot_run_is_a_row_that_says_why(monkeypatch):
 
 
 def test_counts_are_compared_with_the_same_lists():
-    from benchmarks import pages
+    from benchmarks import pages, worse
 
     def row(kind, functional, moved):
         found = {"workload": "w", "kind": kind, "dtype": "bfloat16", "functional": functional}
         found |= {"style": f"{kind} {functional}", "casts": {"forward": 1}, "groups": 0}
         found |= {"cast_bytes": moved, "group_bytes": 0, "saved_bytes": 1, "time": None}
-        return found | {"why": None}
+        return found | {"why": None, "launches": 1}
 
     rows = [
         row("torch.amp", None, 10),
@@ -184,10 +184,69 @@ def test_counts_are_compared_with_the_same_lists():
     table = pages.accumulation_table({"accumulation": rows, "micro_batches": 8})
     ratios = [cells[-2:] for cells in table.rows]
     assert ratios == [["", ""], ["", ""], ["0.50", ""], ["0.40", "0.20"], ["", "1.50"]]
-    worse = pages.worse_table({"steps": rows, "host_time": []})
-    assert [cells[1:4] for cells in worse.rows] == [
+    found = worse.table({"steps": rows, "host_time": []})
+    assert [cells[1:4] for cells in found.rows] == [
         ["halfstep, CUDA's lists autocast", "bytes moved by casts", "1.50x"]
     ]
+
+
+def test_compiled_steps_that_are_slower_are_in_the_table_of_what_is_worse():
+    from benchmarks import worse
+
+    def timed(median):
+        return {"median": median, "low": median - 0.01, "high": median + 0.01}
+
+    def row(kind, ratio):
+        found = {"workload": "w", "kind": kind, "dtype": "bfloat16", "style": kind, "graphs": 1}
+        found |= {"casts": {"forward": 1}, "groups": 0, "cast_bytes": 1, "group_bytes": 0}
+        return found | {"saved_bytes": 1, "launches": 1, "time": {"to_amp": ratio}}
+
+    def whole(style, first, ratio):
+        found = {"workload": "w", "style": style, "first_steps": first}
+        return found | {"to_amp": timed(ratio), "to_compiled_amp": timed(ratio)}
+
+    found = worse.table(
+        {
+            "steps": [],
+            "host_time": [],
+            "compiled": [
+                row("torch.amp", None),
+                row("halfstep", timed(1.1)),
+                row("halfstep rewrite", timed(0.9)),
+            ],
+            "whole_steps": [
+                whole("torch.amp float16", 0.0, 1.0),
+                whole("torch.amp float16, model compiled", 10.0, 1.0),
+                whole("halfstep float16, model compiled", 5.0, 1.2),
+                whole("halfstep float16, whole step compiled", 40.0, 0.5),
+            ],
+        }
+    )
+    assert [cells[1:] for cells in found.rows] == [
+        ["halfstep, compiled", "time", "1.10x", "(4)"],
+        ["halfstep float16, model compiled", "time", "1.20x", "(2)"],
+        ["halfstep float16, whole step compiled", "first 3 steps, compiling", "4.00x", "(5)"],
+    ]
+
+
+def test_counters_on_the_cpu_are_no_wait():
+    from benchmarks.measures import count, kept_on_cpu, start
+    from benchmarks.styles import Style
+    from benchmarks.workloads import TINY
+
+    def adamax(parameters):
+        return torch.optim.Adamax(parameters)
+
+    def asgd(parameters):
+        return torch.optim.ASGD(parameters)
+
+    counts = count(start(TINY[0], Style("float32"), optimizer=adamax), kept_on_cpu(adamax))
+    assert counts.host_reads == 0
+    assert counts.counter_reads > 0
+    assert not kept_on_cpu(asgd), "its counters lie beside the parameters"
+    counts = count(start(TINY[0], Style("float32"), optimizer=asgd), kept_on_cpu(asgd))
+    assert counts.host_reads > 0
+    assert counts.counter_reads == 0
 
 
 def test_inputs_are_cast_where_they_start_a_residual_stream():
