@@ -12,6 +12,7 @@ from torch import nn
 
 from halfstep import LossScaleError, NoLossScale
 from halfstep.torch import LossScaleOptimizer, apply_policy, masters, remove_policy
+from halfstep.torch.loss_scaling import wide
 
 NAMES = ("master_bfloat16", "master_float16", "kahan_bfloat16")
 
@@ -208,12 +209,14 @@ def test_bytes_of_a_weight_under_adam(policy, held, copies):
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-@pytest.mark.parametrize("name", ["master_bfloat16", "master_float16", "kahan_bfloat16"])
-def test_lazy_layers_are_kept_once_they_have_values(name):
+@pytest.mark.parametrize("first", ["a batch", "the optimizer"])
+@pytest.mark.parametrize("name", NAMES)
+def test_lazy_layers_are_kept_once_they_have_values(name, first):
     torch.manual_seed(0)
     model = apply_policy(nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(1)), name)
     inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
-    model(inputs)
+    if first == "a batch":
+        model(inputs)
     optimizer = LossScaleOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), 64)
     losses = []
     for _ in range(20):
@@ -227,3 +230,22 @@ def test_lazy_layers_are_kept_once_they_have_values(name):
         kept = masters.known(parameter)
         assert kept.rest.shape == parameter.shape
         assert not torch.equal(masters.exact_of(parameter), parameter.float())
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("name", [*NAMES, "mixed_float16"])
+def test_a_lazy_layer_that_is_used_late_waits(name, monkeypatch):
+    """As with a bare optimizer of torch, which steps what has a gradient."""
+    monkeypatch.setattr(wide, "PART_BYTES", 64)
+    model = apply_policy(nn.ModuleList([nn.LazyLinear(8), nn.LazyLinear(8)]), name)
+    optimizer = LossScaleOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), 64)
+    assert optimizer.state_dict()["state"] == {}
+    for step in range(4):
+        optimizer.zero_grad()
+        hidden = model[0](torch.ones(2, 8))
+        optimizer.backward((model[1](hidden) if step >= 2 else hidden).square().mean())
+        if step % 2:
+            optimizer.unscale_()
+        optimizer.step()
+        assert len(optimizer.state_dict()["state"]) == (4 if step >= 2 else 2)
+    assert not optimizer.last_step_skipped

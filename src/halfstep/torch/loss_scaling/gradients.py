@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ...errors import LossScaleError
@@ -50,10 +51,8 @@ def labelled(optimizer: Optimizer) -> Iterator[tuple[Tensor, str]]:
         names = group.get("param_names")
         for index, parameter in enumerate(group["params"]):
             name = f" ({names[index]!r})" if names else ""
-            yield (
-                parameter,
-                f"param_groups[{place}]['params'][{index}]{name}, shape {tuple(parameter.shape)}",
-            )
+            shape = "uninitialized" if is_lazy(parameter) else f"shape {tuple(parameter.shape)}"
+            yield parameter, f"param_groups[{place}]['params'][{index}]{name}, {shape}"
 
 
 def label_of(optimizer: Optimizer, parameter: Tensor) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.utils.hooks import RemovableHandle
@@ -23,7 +24,7 @@ def _trainable(optimizer: Optimizer) -> list[Tensor]:
         parameter
         for group in optimizer.param_groups
         for parameter in group["params"]
-        if parameter.requires_grad and parameter.is_leaf
+        if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter)
     ]
 
 

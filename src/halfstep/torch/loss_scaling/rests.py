@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ...core.policy import Policy
@@ -34,7 +35,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 def _managed(optimizer: Optimizer) -> Iterator[tuple[int, Tensor, Update]]:
     for place, parameter in enumerate(_parameters(optimizer)):
         update = update_of(parameter)
-        if update != "plain":
+        if update != "plain" and not is_lazy(parameter):
             yield place, parameter, update
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ...core.policy import Policy
@@ -58,6 +59,7 @@ class WideSide:
         self._kept: dict[int, Kept] = {}
         self._state_dtypes: dict[int, torch.dtype] = {}
         self._unsettled: dict[int, Kept | None] = {}
+        self._lazy = False  # some have no values yet, and so nothing that is kept
         self._parts: list[Groups] = []
         self._widened: list[Tensor] = []
         self.settled_scale = True  # there is a loss scale, or the user wanted none
@@ -77,12 +79,14 @@ class WideSide:
         """
         own = [p for group in groups_of(self._optimizer) for p in group["params"]]
         ids, dtypes = [id(p) for p in own], [p.dtype for p in own]
-        if ids == self._ids and dtypes == self._dtypes and not self._unsettled:
+        same = ids == self._ids and dtypes == self._dtypes
+        if same and not self._unsettled and not self._lazy:
             return
         if torch.compiler.is_compiling():
             self._refuse_in_graph(dtypes)
             return
         self._own, self._ids, self._dtypes, self._parts = own, ids, dtypes, []
+        self._lazy = any(map(is_lazy, own))
         for key in self._state_dtypes.keys() - set(ids):
             del self._state_dtypes[key]
             self._leave(key)
@@ -129,7 +133,8 @@ class WideSide:
             if (left := self._unsettled.get(key)) is not None:
                 recall(parameter, left)
             self._managed[key] = policy.update
-            self._kept[key] = kept_of(parameter)
+            if not is_lazy(parameter):
+                self._kept[key] = kept_of(parameter)
             dtype = torch.float32
         before = self._state_dtypes.get(key)
         self._state_dtypes[key] = dtype
@@ -177,7 +182,7 @@ class WideSide:
             yield
 
     def _stand_in(self, low: Tensor) -> Tensor:
-        if self._managed[id(low)] == "master":
+        if self._managed[id(low)] == "master" and not is_lazy(low):
             return kept_of(low).rest
         return torch.empty(0, dtype=torch.float32, device=low.device)
 
@@ -330,7 +335,7 @@ def _parts(groups: Groups) -> Iterator[Groups]:
     size = 0
     for place, lows in enumerate(groups):
         for low in lows:
-            bytes_here = 4 * low.numel()
+            bytes_here = 0 if is_lazy(low) else 4 * low.numel()
             if size and size + bytes_here > PART_BYTES:
                 yield part
                 part, size = [[] for _ in groups], 0
