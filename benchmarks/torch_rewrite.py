@@ -191,9 +191,8 @@ def _distance(ours: Tensor, exact: Tensor) -> float:
 def table(rows: list[Row]) -> Table:
     """The table of the page."""
     head = (
-        "model", "casts, autocast", "casts, rewritten", "MB written, autocast",
-        "MB written, rewritten", "gradient, autocast", "gradient, rewritten",
-        "compiled step / autocast's", "quartiles",
+        "model", "casts, autocast", "casts, rewritten", "MB, autocast", "MB, rewritten",
+        "gradient error, autocast", "gradient error, rewritten", "compiled step / autocast's",
     )  # fmt: skip
     return Table("rewritten graphs beside torch.autocast", head, [_cells(row) for row in rows])
 
@@ -208,8 +207,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _number(row.rewritten_bytes, 1e6, 2),
         _number(row.autocast_error, 1, 4),
         _number(row.rewritten_error, 1, 4),
-        "" if ratio is None else f"{ratio.median:.2f}",
-        "" if ratio is None else f"{ratio.low:.2f} - {ratio.high:.2f}",
+        "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})",
     )
 
 
