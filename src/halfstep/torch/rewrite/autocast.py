@@ -283,13 +283,14 @@ def _checked(compiled: Any, settings: Settings, painter: Painter) -> Any:
 
     if isinstance(compiled, nn.Module):
         after = functools.partial(check, settings, painter)
-        become_rewritten(compiled, after, _compiled, settings)
+        become_rewritten(compiled, painter.regions.begin_call, after, _compiled, settings)
         return compiled
 
     pending = [True]
 
     @functools.wraps(settings.model)
     def first_checked(*args: Any, **kwargs: Any) -> Any:
+        painter.regions.begin_call()
         result = compiled(*args, **kwargs)
         if pending:
             pending.clear()

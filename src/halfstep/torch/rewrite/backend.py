@@ -104,6 +104,7 @@ def _watched(backend: Backend, painter: Painter) -> Backend:
         scope, caller = variables(), sys._getframe()
         painter.paths.look_at(graph, scope, caller)
         apart.guard(scope, caller)
+        painter.regions.note(graph)
         return backend(graph, inputs)
 
     return compile_

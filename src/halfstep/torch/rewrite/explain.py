@@ -93,6 +93,7 @@ def explain(
         compiled: Any = torch.compile(
             _anew(settings.model), backend=explaining(painter, settings.backend)
         )
+        painter.regions.begin_call()
         with _counted_breaks() as breaks, _as_it_was(settings.model):
             compiled(*args, **kwargs)
         check(settings, painter, warn=False)

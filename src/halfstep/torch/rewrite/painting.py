@@ -15,6 +15,7 @@ from .apply import Rewritten, rewrite
 from .build import Program, build
 from .derivatives import derivatives_that_stay
 from .paths import Paths
+from .regions import Regions, why_off
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Painter:
         policies: the policy of every module, by its path.
         paths: finds the modules again in the graphs.
         keep: whether to keep the graphs, for an explanation; else only what is counted.
+        regions: finds the code in which autocast is off.
         painted: the graphs so far, if they are kept.
         graphs: how many there were.
         low_operations: how many operations run in 16 bits in all of them.
@@ -59,6 +61,7 @@ class Painter:
     policies: Mapping[str, Resolved]
     paths: Paths
     keep: bool = False
+    regions: Regions = field(default_factory=Regions)
     painted: list[Painted] = field(default_factory=list)
     graphs: int = 0
     low_operations: int = 0
@@ -71,9 +74,11 @@ class Painter:
         """
         paths = {node: self.paths.of(node) for node in graph.nodes if node.op == "call_function"}
         stay = derivatives_that_stay(graph, self.lists)
-        program = build(
-            graph, self.lists, lambda node: self.kept(paths.get(node)) or stay.get(node)
-        )
+
+        def why_kept(node: fx.Node) -> str | None:
+            return self.kept(paths.get(node)) or why_off(node) or stay.get(node)
+
+        program = build(graph, self.lists, why_kept)
         painting = paint(program.graph, format_of(self.dtype))
         rewritten = rewrite(program, painting, getattr(torch, self.dtype))
         painted = Painted(program, painting, rewritten, paths)

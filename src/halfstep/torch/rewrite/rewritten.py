@@ -22,6 +22,7 @@ class RewrittenModule(OptimizedModule):
     @torch.compiler.disable(recursive=False, reason=REASON)  # type: ignore[no-untyped-call,untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module; look at what was painted when the first call is over."""
+        self.__dict__[_BEFORE]()
         result = super().__call__(*args, **kwargs)
         after = self.__dict__.pop(_AFTER, None)
         if after is not None:
@@ -33,24 +34,33 @@ class RewrittenModule(OptimizedModule):
         return make, (argument,)
 
 
-_AFTER, _MADE_BY = "_halfstep_after_first_call", "_halfstep_made_by"
+_BEFORE, _AFTER, _MADE_BY = (
+    "_halfstep_before_call",
+    "_halfstep_after_first_call",
+    "_halfstep_made_by",
+)
 _NOTED_BY_FABRIC = "_compile_kwargs"
 
 
 def become_rewritten(
-    module: Any, after: Callable[[], None], make: Callable[[Any], Any], argument: Any
+    module: Any,
+    before: Callable[[], None],
+    after: Callable[[], None],
+    make: Callable[[Any], Any],
+    argument: Any,
 ) -> None:
     """Turn what ``torch.compile`` returned into a rewritten module.
 
     Args:
         module: it.
+        before: called before every call.
         after: called when the first call is over.
         make: makes such a module anew, from a copy of ``argument``.
         argument: what it was made from.
     """
     object.__setattr__(module, "__class__", RewrittenModule)
     # past the module's own __setattr__, which would write to the model
-    module.__dict__.update({_AFTER: after, _MADE_BY: (make, argument)})
+    module.__dict__.update({_BEFORE: before, _AFTER: after, _MADE_BY: (make, argument)})
     # and so it did for Fabric, whose torch.compile notes its arguments: a backend is in them, and
     # the model could be saved no more
     noted = module._orig_mod.__dict__.pop(_NOTED_BY_FABRIC, None)

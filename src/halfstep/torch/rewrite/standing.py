@@ -7,15 +7,15 @@ every module that has this code. Where their policies differ, a guard of its own
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, TypeAlias
 
 from torch import nn
-from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.guards import install_guard
 from torch._dynamo.source import GlobalStateSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import Guard
+from torch._guards import Guard, TracingContext
 
 from ...core.policy import Policy, Resolved
 from .paths import Paths
@@ -37,6 +37,29 @@ def variables() -> Mapping[str, Any]:
     return scope
 
 
+def guarded(name: str, holds: str, check: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Let Dynamo compile the code, which it is compiling now, anew where this does not hold.
+
+    A part of a graph that is compiled when it first runs has the guards of the whole already.
+
+    Args:
+        name: of the guard.
+        holds: what it guards, in words.
+        check: takes the variables that the code begins with.
+    """
+
+    def create(builder: Any, guard: Guard) -> None:
+        builder.add_python_lambda_leaf_guard_to_root(
+            [f"___halfstep_{name}(L)"],
+            [holds],
+            closure_vars={f"___halfstep_{name}": check},
+            is_epilogue=False,
+        )
+
+    if TracingContext.try_get() is not None:
+        install_guard(Guard(GlobalStateSource(), create))
+
+
 class Apart:
     """Keeps the graphs of modules apart whose policies differ.
 
@@ -53,7 +76,12 @@ class Apart:
     def guard(self, scope: Mapping[str, Any], caller: FrameType) -> None:
         """Let Dynamo compile the code anew where the policies are other ones."""
         if self._differ and not self._alone(scope):
-            install_guard(Guard(GlobalStateSource(), self._same(self._standing(scope, caller))))
+            wanted = self._standing(scope, caller)
+            guarded(
+                "same_policies",
+                "the PolicyMap of halfstep.torch.autocast is the same below this module",
+                lambda scope: self._standing(scope, sys._getframe()) == wanted,
+            )
 
     def _alone(self, scope: Mapping[str, Any]) -> bool:
         """Whether no other module of the model could run this code under other policies."""
@@ -66,20 +94,6 @@ class Apart:
             for path, module in self._paths.modules()
             if mine & _classes(module)
         )
-
-    def _same(self, wanted: Standing) -> Any:
-        def same(scope: Mapping[str, Any]) -> bool:
-            return self._standing(scope, sys._getframe()) == wanted
-
-        def create(builder: GuardBuilder, guard: Guard) -> None:
-            builder.add_python_lambda_leaf_guard_to_root(
-                ["___halfstep_same_policies(L)"],
-                ["the PolicyMap of halfstep.torch.autocast is the same below this module"],
-                closure_vars={"___halfstep_same_policies": same},
-                is_epilogue=False,
-            )
-
-        return create
 
     def _standing(self, scope: Mapping[str, Any], caller: FrameType) -> Standing:
         modules = self._paths.modules_in(scope)

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ...core import formats, paint
 from .build import captured
 from .painting import Painter
+from .regions import why_off
 
 
 def fingerprint(painter: Painter, graph: fx.GraphModule) -> str:
@@ -39,7 +40,7 @@ def fingerprint(painter: Painter, graph: fx.GraphModule) -> str:
 def _of_operations(painter: Painter, graph: fx.GraphModule) -> Iterator[object]:
     for part in graph.modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
-            yield painter.kept(painter.paths.of(node))
+            yield painter.kept(painter.paths.of(node)), why_off(node)
             tensor = captured(node)
             if tensor is not None:  # its numbers may be too large to paint what takes it
                 with unset_fake_temporarily():
