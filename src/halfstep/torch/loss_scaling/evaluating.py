@@ -74,7 +74,7 @@ class EvaluatedStep(ScaledStep):
         if self._ready(Gradients() if self._now.stage is Stage.IDLE else self._gather(), flags):
             result = step_or_restore(self.inner_optimizer, self._evaluation(closure, flags))
         if flags:
-            self._record(*flags[-1])
+            self._record(flags[-1])
         return result
 
     def _evaluation(self, closure: Closure, flags: list[Flag]) -> Closure:
@@ -101,7 +101,7 @@ class EvaluatedStep(ScaledStep):
         divide_(grads, verdict.divisor)
         self._now.last_norm = verdict.norm if self.max_norm is not None else None
         flags.append(flag)
-        return not flag[0].item()
+        return not flag.found.item()
 
 
 # Schedulers wrap the `step` of each optimizer that does not say that it is wrapped, to warn if they

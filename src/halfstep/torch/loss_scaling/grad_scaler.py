@@ -244,7 +244,7 @@ class GradScaler(UpstreamFace):
         ranks = Agreement(optimizer, None).ranks(skips=False)
         verdict = judge(grads, packed[0], None, packed.device) if grads or ranks else None
         if verdict is not None and ranks:
-            found, _ = agree(ranks, verdict.found, bool(grads))
+            found = agree(ranks, verdict.found, bool(grads)).found
             verdict = replace(verdict, found=found)
         return verdict
 

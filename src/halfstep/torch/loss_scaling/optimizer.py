@@ -61,7 +61,8 @@ class LossScaleOptimizer(EvaluatedStep):
         process_group: agree with the other ranks of this group on skipping: one rank's overflow
             skips the step on all. ``DistributedDataParallel`` needs none, since its gradients
             are equal on all ranks by construction; neither do DTensors on a mesh of all
-            processes. It does not change what the norm is of.
+            processes. A loss need be scaled on one of the ranks only, as in a pipeline, whose last
+            stage has it. It does not change what the norm is of.
         skip: where it is decided to leave a step out. ``"auto"``: on the device by the fused
             kernels, and by one flag read on the host with optimizers that have none.
             ``"device"``: without a read, but for what cannot be put back (LBFGS, differentiable

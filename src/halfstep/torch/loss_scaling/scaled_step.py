@@ -21,6 +21,7 @@ from .gradients import Gradients, Verdict, blame, divide_, gather, groups_of, ju
 from .guards import Leftovers, is_watched, refuse_foreign, refuse_more, refuse_scaling
 from .history import History, exhausted_message
 from .lost import LostUpdates
+from .origin import Origin
 from .outputs import over_tensors, scaled
 from .proxy import OptimizerProxy
 from .shard_lending import shards_lent, steps_on_shards
@@ -68,6 +69,7 @@ class ScaledStep(OptimizerProxy):
         self.max_norm = max_norm
         self.process_group = process_group
         self._agreement = Agreement(optimizer, process_group)
+        self._origin = Origin(told=process_group is not None)
         self._fusion = fusion
         self._wide = WideSide(optimizer)
         self._cleared = traced.Cleared(optimizer)
@@ -196,11 +198,11 @@ class ScaledStep(OptimizerProxy):
         if not torch.compiler.is_compiling():
             with self._wide.lent() if self._wide else _NOTHING:
                 self._fusion.follow(grads.sparse)
-        verdict, (found, taken) = self._judge(grads)
-        self._take(grads, Skip(found, self._undo.settled()), verdict.divisor)
+        verdict, flag = self._judge(grads)
+        self._take(grads, Skip(flag.found, self._undo.settled()), verdict.divisor)
         if self.max_norm is not None:
             self._now.last_norm = verdict.norm
-        self._record(found, taken)
+        self._record(flag)
 
     def _take(self, grads: Gradients, skip: Skip, divisor: Tensor | None) -> None:
         inner = self.inner_optimizer
@@ -248,10 +250,14 @@ class ScaledStep(OptimizerProxy):
         ranks = self._agreement.ranks(True)
         if self.max_norm is None or not ranks.norms:
             verdict = self._verdict(grads)
-            return verdict, agree(ranks, verdict.found, bool(grads))
-        before = self._now.found
-        scale = self._scale_now() if before is None else self._one()
-        return judge_together(ranks, grads, scale, self.max_norm, self._home(), before)
+            flag = agree(ranks, verdict.found, *self._origin.tell(grads))
+        else:
+            before, told = self._now.found, self._origin.tell(grads)
+            scale = self._scale_now() if before is None else self._one()
+            verdict, flag = judge_together(
+                ranks, grads, scale, self.max_norm, self._home(), before, told
+            )
+        return verdict, self._origin.settle(flag, grads)
 
     def _verdict(self, grads: Gradients) -> Verdict:
         """Judge the gradients as they are: still scaled, or unscaled and perhaps changed since."""
@@ -262,12 +268,13 @@ class ScaledStep(OptimizerProxy):
         verdict = judge(grads, self._one(), self.max_norm, self._home())
         return Verdict(torch.maximum(verdict.found, self._now.found), verdict.divisor, verdict.norm)
 
-    def _record(self, found: Tensor, taken: Tensor | None) -> None:
+    def _record(self, flag: Flag) -> None:
+        found = flag.found
         before = self._state.on(found.device).clone() if traced.in_graph(found) else None
         if before is None:
             self._now.steps = self._steps_taken() + 1
         self._now.last_found = found
-        packed = self._state.advance(found, taken)
+        packed = self._state.advance(found, flag.taken)
         self._end()
         for observer in self.observers:
             observer.after_step(found, packed)
@@ -289,6 +296,7 @@ class ScaledStep(OptimizerProxy):
         if self._now.found is not None:
             self._now.found = None
         self._now.stage = Stage.IDLE
+        self._origin.forget()
         self._unguard()
         self._wide.narrow_again()
         self._leftovers.note(self.inner_optimizer)
@@ -355,13 +363,9 @@ class ScaledStep(OptimizerProxy):
         if grads.low or self._wide:
             self._wide.follow()
         if grads and self._now.stage is Stage.IDLE:
-            raise LossScaleError(
-                "There are gradients, but no loss was scaled since the last step: they would be "
-                "divided by a scale that they never had. Use optimizer.backward(loss), or "
-                "optimizer.scale(loss).backward(). If a GradScaler scaled it, take the scaler out, "
-                "or give it optimizer.inner_optimizer."
-            )
+            self._origin.doubt(grads, self._home())
         if self._now.stage is Stage.SCALED:
+            self._origin.forget()
             self._leftovers.refuse_stale()
         refuse_foreign(optimizer, grads)
         return grads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,19 @@ from ...errors import LossScaleError
 from ..shards import is_dtensor
 from .gradients import Bucket, Gradients, Verdict, clipping_divisor, norms_of
 
-Flag = tuple[Tensor, Tensor | None]
-"""Whether a gradient is not finite, and whether any rank has one (None: this one has)."""
+
+class Flag(NamedTuple):
+    """What the ranks say of a step together; 0-dim tensors.
+
+    Attributes:
+        found: 1.0 if a gradient is not finite on any rank, else 0.0.
+        taken: whether any rank has a gradient; None: this one has.
+        scaled: whether any rank has gradients of a loss that it scaled; None: nobody was asked.
+    """
+
+    found: Tensor
+    taken: Tensor | None = None
+    scaled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -131,14 +142,14 @@ def _groups(
     return Ranks(norms, flags, only_flags, len(holders), dtype)
 
 
-def agree(ranks: Ranks, found: Tensor, present: bool) -> Flag:
+def agree(ranks: Ranks, found: Tensor, present: bool, scaled: bool = True) -> Flag:
     """Take the largest flag of all ranks; a rank without gradients has nothing against it."""
     if not ranks.only_flags:
-        return found, None
-    flags = torch.stack([found, torch.full_like(found, float(present))])
+        return Flag(found)
+    flags = torch.stack([found, *(torch.full_like(found, float(x)) for x in (present, scaled))])
     for group in ranks.only_flags:
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
-    return flags[0], flags[1] > 0
+    return Flag(flags[0], flags[1] > 0, flags[2] > 0)
 
 
 def judge_together(
@@ -148,13 +159,14 @@ def judge_together(
     max_norm: float,
     home: torch.device,
     before: Tensor | None = None,
+    told: tuple[bool, bool] = (True, True),
 ) -> tuple[Verdict, Flag]:
     """Measure gradients that lie on several ranks: `judge` and `agree` in one exchange.
 
     ::
 
-        squares = sum of |part|^2 * copies             # of the parts of this rank, one pass
-        squares, found, present = all_reduce(sum)      # three numbers
+        squares = sum of |part|^2 * copies               # of the parts of this rank, one pass
+        squares, found, present, scaled = all_reduce(sum)  # four numbers
         norm    = sqrt(squares)
 
     A part that is whole on n ranks counts for 1/n on each of them.
@@ -166,23 +178,24 @@ def judge_together(
         max_norm: the largest norm of the unscaled gradients.
         home: the device of the verdict.
         before: 1.0 if unscaling saw, on this rank, what is not finite.
+        told: whether this rank has gradients, and whether of a loss that it scaled.
     """
-    numbers = torch.zeros(3, dtype=ranks.dtype, device=home)
+    numbers = torch.zeros(4, dtype=ranks.dtype, device=home)
     for key, norms in norms_of(grads):
         each = norms.to(home, ranks.dtype) / scale
         numbers[0] += each.square().sum() * (_ways(key) / ranks.count)
     if before is not None:
         numbers[1] = before
-    numbers[2] = float(bool(grads))
+    numbers[2], numbers[3] = map(float, told)
     for group in ranks.norms:
         dist.all_reduce(numbers, group=group)
     norm = numbers[0].sqrt()
     bad = torch.isfinite(norm).logical_not_() | (numbers[1] > 0)
-    flags = torch.stack([bad, numbers[2] > 0]).to(torch.float32)
+    flags = torch.stack([bad, *(numbers[2:] > 0)]).to(torch.float32)
     for group in ranks.flags:
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     divisor = clipping_divisor(norm, scale, max_norm)
-    return Verdict(flags[0], divisor, norm), (flags[0], flags[1] > 0)
+    return Verdict(flags[0], divisor, norm), Flag(flags[0], flags[1] > 0, flags[2] > 0)
 
 
 def _ways(key: Bucket) -> int:
