@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -15,8 +14,7 @@ from torch import nn
 from ...core.loss_scale import LossScale
 from ...core.paint import ON_NO_LIST, Kind, OperationLists
 from ...core.policy import Policy, PolicyMap, as_policy_map
-from ...errors import PolicyError, PolicyWarning, nearest
-from ..layer import is_policied
+from ...errors import PolicyError, nearest
 from ..loss_scaling import LossScaleOptimizer
 from .operations import OPERATIONS
 from .painting import Painter
@@ -278,77 +276,24 @@ def _names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _checked(compiled: Any, settings: Settings, painter: Painter) -> Any:
-    """Look at what came of the first call, once it is over."""
-    from .rewritten import REASON, become_rewritten
+    """Look at what comes of every call, once it is over."""
+    from .rewritten import become_rewritten
+    from .watch import Watch, untraced
 
+    watch = Watch(settings, painter)
     if isinstance(compiled, nn.Module):
-        after = functools.partial(check, settings, painter)
-        become_rewritten(compiled, painter.regions.begin_call, after, _compiled, settings)
+        become_rewritten(compiled, watch, _compiled, settings)
         return compiled
 
-    pending = [True]
-
     @functools.wraps(settings.model)
-    def first_checked(*args: Any, **kwargs: Any) -> Any:
-        painter.regions.begin_call()
-        result = compiled(*args, **kwargs)
-        if pending:
-            pending.clear()
-            check(settings, painter)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before, around = watch.begin(), watch.around()
+        if around is None:
+            result = compiled(*args, **kwargs)
+        else:
+            with around:
+                result = compiled(*args, **kwargs)
+        watch.end(before)
         return result
 
-    kept: Any = torch.compiler.disable(first_checked, recursive=False, reason=REASON)  # type: ignore[no-untyped-call]
-    return kept
-
-
-def check(settings: Settings, painter: Painter, warn: bool = True) -> None:
-    """Say loudly what is not in 16 bits though it was asked for.
-
-    Raises:
-        PolicyError: nothing is.
-    """
-    missed = uncaptured(settings, painter)
-    if not painter.low_operations:
-        why = (
-            "Dynamo captured no graph"
-            if not painter.graphs
-            else f"no matrix product on float32 tensors in {painter.graphs} graph(s)"
-        )
-        raise PolicyError(
-            f"{settings.where}: nothing runs in {painter.dtype}: {why}."
-            + (f" Not captured: {', '.join(missed)}." if missed else "")
-            + _cast_already(settings)
-        )
-    if missed and warn:
-        recurrent = isinstance(settings.model, nn.Module) and any(
-            isinstance(module, nn.RNNBase) for module in settings.model.modules()
-        )
-        warnings.warn(
-            f"{settings.where}: Dynamo did not capture {', '.join(missed)}; "
-            "what it leaves out runs in float32. halfstep.torch.apply_policy needs no capture."
-            + (" torch._dynamo.config.allow_rnn = True captures RNNs." if recurrent else ""),
-            PolicyWarning,
-            stacklevel=2,
-        )
-
-
-def _cast_already(settings: Settings) -> str:
-    """Who else casts, as far as can be seen; an empty string for nobody."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return " torch.autocast is on around it, and casts by itself: call it outside of that."
-    if isinstance(settings.model, nn.Module) and any(map(is_policied, settings.model.modules())):
-        return " halfstep.torch.apply_policy has given it a policy already: use one of the two."
-    return ""
-
-
-def uncaptured(settings: Settings, painter: Painter) -> list[str]:
-    """Return the modules whose parameters were in no graph, as ``path (Class)``."""
-    if not isinstance(settings.model, nn.Module):
-        return []
-    missed = []
-    for path, module in settings.model.named_modules():
-        own = [name for name, _ in module.named_parameters(recurse=False)]
-        full = [f"{path}.{name}".strip(".") for name in own]
-        if full and not any(painter.paths.captured(each) for each in full):
-            missed.append(f"{path or 'the model itself'} ({type(module).__name__})")
-    return missed
+    return untraced(watched)

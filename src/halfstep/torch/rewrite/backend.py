@@ -97,7 +97,10 @@ def _eagerly(painter: Painter, decompositions: Any) -> Backend:
 
 
 def _watched(backend: Backend, painter: Painter) -> Backend:
-    """Find out, for every graph that Dynamo gives to a backend, where in the model it stands."""
+    """Find out, for every graph that Dynamo gives to a backend, where in the model it stands.
+
+    And count its runs.
+    """
     apart = Apart(painter.paths, painter.policies)
 
     def compile_(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
@@ -105,7 +108,13 @@ def _watched(backend: Backend, painter: Painter) -> Backend:
         painter.paths.look_at(graph, scope, caller)
         apart.guard(scope, caller)
         painter.regions.note(graph)
-        return backend(graph, inputs)
+        run = backend(graph, inputs)
+
+        def counted(*args: Any) -> Any:
+            painter.ran(args)
+            return run(*args)
+
+        return counted
 
     return compile_
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor, fx, nn
 
 from ...core.paint import Explanation, Row, Rule
 from ...core.policy import Policy, PolicyMap
-from .autocast import Settings, check, make_settings, settings_of, uncaptured
+from .autocast import Settings, make_settings, settings_of
 from .build import name_of, results_of
+from .came_of_it import check, uncaptured
 from .painting import Painted
 from .paths import source_line
+from .regions import depth
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class GraphExplanation(Explanation):
         seams = f"graphs: {self.graphs}, float32 between them" if self.graphs > 1 else "graphs: 1"
         lines = [super().__str__(), seams, *(f"graph break: {reason}" for reason in self.breaks)]
         if self.uncaptured:
-            lines.append(f"not captured, so float32: {', '.join(self.uncaptured)}")
+            lines.append(f"not captured or not called, so float32: {', '.join(self.uncaptured)}")
         return "\n".join(lines)
 
 
@@ -53,7 +56,7 @@ def explain(
 
     The model is captured and its graphs, forward and backward together, are painted as
     :func:`autocast` paints them; then they run once, uncompiled. Buffers, random state and
-    gradients are afterwards as they were.
+    gradients are afterwards as they were; what the model writes into its arguments stays written.
 
     Args:
         model: a module or function, or what :func:`autocast` returned, whose own arguments then
@@ -88,14 +91,17 @@ def explain(
 
     def explained(*args: Any, **kwargs: Any) -> GraphExplanation:
         from .backend import explaining
+        from .watch import recompile_limit_reached, without_fast_path
 
         painter = settings.painter(keep=True)
         compiled: Any = torch.compile(
             _anew(settings.model), backend=explaining(painter, settings.backend)
         )
-        painter.regions.begin_call()
-        with _counted_breaks() as breaks, _as_it_was(settings.model):
+        painter.regions.outside, since = depth(), time.time_ns()
+        with _counted_breaks() as breaks, _as_it_was(settings.model), without_fast_path():
             compiled(*args, **kwargs)
+        if recompile_limit_reached(since):
+            breaks.append("recompile limit: what no graph fits runs uncompiled, in float32")
         check(settings, painter, warn=False)
         return _explanation(settings, painter.painted, breaks, uncaptured(settings, painter))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ...core.formats import format_of
 from ...core.paint import OperationLists, Painting, paint
@@ -54,6 +54,8 @@ class Painter:
         painted: the graphs so far, if they are kept.
         graphs: how many there were.
         low_operations: how many operations run in 16 bits in all of them.
+        runs: how often one of them ran.
+        taken: identities of the tensors that they ran with; None where nobody wants to know more.
     """
 
     dtype: str
@@ -65,6 +67,18 @@ class Painter:
     painted: list[Painted] = field(default_factory=list)
     graphs: int = 0
     low_operations: int = 0
+    runs: int = 0
+    taken: set[int] | None = field(default_factory=set)
+
+    def ran(self, args: Sequence[object]) -> None:
+        """Count a run of a graph, and note the tensors that it takes for :meth:`takes`."""
+        self.runs += 1
+        if self.taken is not None:
+            self.taken.update(map(id, args))
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether a graph that ran took this parameter."""
+        return self.taken is not None and id(tensor) in self.taken
 
     def paint(self, graph: fx.Graph) -> int:
         """Rewrite a graph, the operations of forward and backward together or of one.

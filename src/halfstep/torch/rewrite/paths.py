@@ -37,7 +37,6 @@ class Paths:
         self._known: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
         self._roots: dict[str, str] = {}
         self._captured: set[str] = set()
-        self._shared: set[tuple[type, str]] = set()
         self.begins_at = ""
 
     def look_at(self, graph: fx.GraphModule, scope: Mapping[str, Any], caller: FrameType) -> None:
@@ -62,27 +61,15 @@ class Paths:
         names: dict[int, list[str]] = {}
         for path, tensor in _tensors(model):
             names.setdefault(id(tensor), []).append(path)
-        begins = dict(model.named_modules()).get(self.begins_at)
         for node in graph.graph.find_nodes(op="placeholder"):
             argument = node.meta.get("grapharg")
             example: Any = getattr(argument, "_example", None)
             example = example() if callable(example) else example  # a reference to a tensor
-            for path in names.get(id(example), ()):
-                self._captured.add(path)
-                if self.begins_at and path.startswith(f"{self.begins_at}."):
-                    self._shared.add((type(begins), path.removeprefix(f"{self.begins_at}.")))
+            self._captured.update(names.get(id(example), ()))
 
     def captured(self, path: str) -> bool:
-        """Whether a graph takes the parameter or buffer at this path.
-
-        Or takes one of the same name of another module of the same class: it may be run for
-        this one as well.
-        """
-        return path in self._captured or any(
-            (type(module), path.removeprefix(f"{start}.")) in self._shared
-            for start, module in self.modules()
-            if start and path.startswith(f"{start}.")
-        )
+        """Whether a graph was made with the parameter or buffer at this path."""
+        return path in self._captured
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the paths and modules that were there when the latest graph was made."""

@@ -24,14 +24,14 @@ def why_off(node: fx.Node) -> str | None:
 
 
 class Regions:
-    """Finds the regions in Dynamo's graphs, those included that begin in front of a graph."""
+    """Finds the regions in Dynamo's graphs, those included that begin in front of a graph.
+
+    Attributes:
+        outside: the :func:`depth` around the call of the model: those are no regions of its code.
+    """
 
     def __init__(self) -> None:
-        self._outside = 0
-
-    def begin_call(self) -> None:
-        """Note that the model is called: what is around the call is no region of the model."""
-        self._outside = _depth()
+        self.outside = 0
 
     def note(self, graph: fx.GraphModule) -> None:
         """Note on the operations of a graph where autocast is off; Dynamo is compiling it.
@@ -51,12 +51,12 @@ class Regions:
 
     def _is_off(self) -> bool:
         """Whether the code that runs now was called from a region where autocast is off."""
-        return _depth() > self._outside and not (
+        return depth() > self.outside and not (
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         )
 
 
-def _depth() -> int:
+def depth() -> int:
     """How many ``torch.autocast`` blocks this thread is in, whether they are on or off."""
     depth: int = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()

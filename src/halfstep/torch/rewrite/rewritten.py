@@ -5,28 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch._dynamo import OptimizedModule
 
-REASON = "halfstep.torch.autocast paints graphs of its own: in another's they would be float32"
+from .watch import Watch, untraced
 
 
 class RewrittenModule(OptimizedModule):
     """What ``torch.compile`` returns, with three differences.
 
-    Compiled code that calls it leaves its own graph for that, which would not be painted. The
-    first call is followed by a look at what came of it. And a copy, or what a pickle gives back,
-    is compiled for its own module.
+    Compiled code that calls it leaves its own graph for that, which would not be painted. Every
+    call is followed by a look at what came of it. And a copy, or what a pickle gives back, is
+    compiled for its own module.
     """
 
-    @torch.compiler.disable(recursive=False, reason=REASON)  # type: ignore[no-untyped-call,untyped-decorator]
+    @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module; look at what was painted when the first call is over."""
-        self.__dict__[_BEFORE]()
-        result = super().__call__(*args, **kwargs)
-        after = self.__dict__.pop(_AFTER, None)
-        if after is not None:
-            after()
+        """Call the module; look at what ran when the call is over."""
+        watch: Watch = self.__dict__[_WATCH]
+        before, around = watch.begin(), watch.around()
+        if around is None:
+            result = super().__call__(*args, **kwargs)
+        else:
+            with around:
+                result = super().__call__(*args, **kwargs)
+        watch.end(before)
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -34,33 +36,22 @@ class RewrittenModule(OptimizedModule):
         return make, (argument,)
 
 
-_BEFORE, _AFTER, _MADE_BY = (
-    "_halfstep_before_call",
-    "_halfstep_after_first_call",
-    "_halfstep_made_by",
-)
+_WATCH, _MADE_BY = "_halfstep_watch", "_halfstep_made_by"
 _NOTED_BY_FABRIC = "_compile_kwargs"
 
 
-def become_rewritten(
-    module: Any,
-    before: Callable[[], None],
-    after: Callable[[], None],
-    make: Callable[[Any], Any],
-    argument: Any,
-) -> None:
+def become_rewritten(module: Any, watch: Watch, make: Callable[[Any], Any], argument: Any) -> None:
     """Turn what ``torch.compile`` returned into a rewritten module.
 
     Args:
         module: it.
-        before: called before every call.
-        after: called when the first call is over.
+        watch: looks at its calls.
         make: makes such a module anew, from a copy of ``argument``.
         argument: what it was made from.
     """
     object.__setattr__(module, "__class__", RewrittenModule)
     # past the module's own __setattr__, which would write to the model
-    module.__dict__.update({_BEFORE: before, _AFTER: after, _MADE_BY: (make, argument)})
+    module.__dict__.update({_WATCH: watch, _MADE_BY: (make, argument)})
     # and so it did for Fabric, whose torch.compile notes its arguments: a backend is in them, and
     # the model could be saved no more
     noted = module._orig_mod.__dict__.pop(_NOTED_BY_FABRIC, None)
