@@ -52,15 +52,12 @@ class TrainingState:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        for name, value, kind in (
-            ("model", model, nn.Module),
-            ("optimizer", optimizer, torch.optim.Optimizer),
-        ):
-            if not isinstance(value, kind):
-                raise LossScaleError(
-                    f"TrainingState(model, optimizer): {name} must be a torch {kind.__name__}, got "
-                    f"a {type(value).__name__}. Make one TrainingState for each optimizer."
-                )
+        if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+            raise LossScaleError(
+                "TrainingState(model, optimizer) takes a torch.nn.Module and one "
+                f"torch.optim.Optimizer, got a {type(model).__name__} and a "
+                f"{type(optimizer).__name__}."
+            )
         self.model = model
         self.optimizer = optimizer
 
