@@ -94,6 +94,8 @@ def apply_policy(
         _carry_out(module, plan, classes[module])
     for used in dict.fromkeys(plan.policy for plan in plans.values()):
         compatibility_check(used)
+        if used.loss_scale.skips:
+            watch_steps()
     return model
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from halfstep import Policy, PolicyMap
 from halfstep.core.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale
-from halfstep.errors import LossScaleError, PolicyError
-from halfstep.torch import LossScaleOptimizer, registry
+from halfstep.errors import LossScaleError, LossScaleWarning, PolicyError
+from halfstep.torch import GradScaler, LossScaleOptimizer, apply_policy, registry
 
 
 @pytest.fixture
@@ -269,3 +270,57 @@ def test_complex_gradients_that_are_conjugated_in_words_only():
     theirs.conj().abs().sum().backward()
     torch.optim.SGD([theirs], lr=0.1).step()
     torch.testing.assert_close(ours.detach(), theirs.detach())
+
+
+def _trained(policy, step_of):
+    model = apply_policy(nn.Linear(4, 1), policy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = step_of(optimizer)
+    for _ in range(2):
+        step(model(torch.ones(2, 4)).sum())
+
+
+def _bare(optimizer):
+    def step(loss):
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _by_scaler(scaler):
+    def step_of(optimizer):
+        def step(loss):
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+        return step
+
+    return step_of
+
+
+def _declined(optimizer):
+    wrapped = LossScaleOptimizer(optimizer, NoLossScale())
+
+    def step(loss):
+        wrapped.backward(loss)
+        wrapped.step()
+
+    return step
+
+
+def test_a_forgotten_loss_scale_is_said():
+    with pytest.warns(LossScaleWarning, match="SGD.step: .*mixed_float16.*nobody scales") as said:
+        _trained("mixed_float16", _bare)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+
+
+def test_a_loss_scale_that_somebody_else_minds_or_nobody_wants_is_not_missed():
+    _trained("mixed_bfloat16", _bare)
+    _trained(Policy("mixed_float16", loss_scale=None), _bare)
+    _trained("mixed_float16", _declined)
+    _trained("mixed_float16", _by_scaler(torch.amp.GradScaler("cpu")))
+    _trained("mixed_float16", _by_scaler(GradScaler("cpu")))

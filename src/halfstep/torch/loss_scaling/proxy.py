@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from ..bare_steps import wrapped
+
 
 class OptimizerProxy(Optimizer):
     """A real ``torch.optim.Optimizer`` whose groups, state and defaults are another's.
@@ -20,6 +22,7 @@ class OptimizerProxy(Optimizer):
     def _stand_before(self, optimizer: Optimizer) -> None:
         # Optimizer.__init__ is left out on purpose: it would make groups and state of its own
         self.inner_optimizer = optimizer
+        wrapped(optimizer)
         self._optimizer_step_pre_hooks = OrderedDict()
         self._optimizer_step_post_hooks = OrderedDict()
         self._optimizer_state_dict_pre_hooks = OrderedDict()
