@@ -141,11 +141,13 @@ def test_a_low_container_in_a_float32_model_gives_float32_back():
     assert model["e"](torch.arange(2)).dtype is torch.float32
 
 
-def test_scripted_modules_are_left_alone():
+@pytest.mark.parametrize("name", ["mixed_bfloat16", "bfloat16", "kahan_bfloat16"])
+def test_scripted_modules_are_left_alone(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         scripted = torch.jit.script(nn.Linear(4, 4))
-    model = apply_policy(nn.Sequential(nn.Linear(4, 4), scripted), "mixed_bfloat16")
+    model = apply_policy(nn.Sequential(nn.Linear(4, 4), scripted), name)
+    assert {parameter.dtype for parameter in scripted.parameters()} == {torch.float32}
     assert "sealed" in {row.path: row.why for row in policy_summary(model)}["1"]
     assert model(torch.ones(1, 4)).dtype is torch.float32
     remove_policy(model)

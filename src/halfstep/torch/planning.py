@@ -284,8 +284,9 @@ def _normed(module: nn.Module) -> set[str]:
 
     Which it finds with buffers of theirs, in their dtype.
     """
-    vectors = {name.removesuffix("_u") for name in module._buffers if name.endswith("_u")}
-    return module._parameters.keys() & {f"{name}_orig" for name in vectors}
+    buffers = [name for name, _ in module.named_buffers(recurse=False)]
+    sources = {f"{name.removesuffix('_u')}_orig" for name in buffers if name.endswith("_u")}
+    return sources.intersection(name for name, _ in module.named_parameters(recurse=False))
 
 
 def _words_of_normed(module: nn.Module, policy: Policy) -> str:

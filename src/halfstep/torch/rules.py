@@ -57,7 +57,7 @@ LEFT_ALONE = "left alone"
 
 TRANSPARENT = Rule("transparent", PLAIN.why)
 HOLDER = Rule("holder", "holds modules and is never called")
-SEALED = Rule("scripted", "left alone: a scripted module is sealed")
+SEALED = Rule("scripted", "left alone: a scripted module is sealed", weights="unchanged")
 PARAMETERS = Rule("parameters", "{compute} where the module that holds them reads them")
 PARAMETRIZATION = Rule("parametrization", "computes a weight in its variable dtype")
 LAYER = Rule("layer", "{compute} weights", inputs="cast finite", inside="functional")
