@@ -324,3 +324,26 @@ def test_a_loss_scale_that_somebody_else_minds_or_nobody_wants_is_not_missed():
     _trained("mixed_float16", _declined)
     _trained("mixed_float16", _by_scaler(torch.amp.GradScaler("cpu")))
     _trained("mixed_float16", _by_scaler(GradScaler("cpu")))
+
+
+def test_a_backward_for_another_optimizers_weights_may_follow_unscale():
+    heads = nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)])
+    model = apply_policy(_Both(heads), "mixed_float16")
+    first, second = (
+        LossScaleOptimizer(torch.optim.SGD(head.parameters(), lr=0.1), 8) for head in heads
+    )
+    losses = model(torch.ones(2, 4))
+    first.backward(losses[0])
+    first.unscale_()
+    second.backward(losses[1])  # the weights of both were cast by one node
+    with pytest.raises(LossScaleError, match="after unscale_"):
+        first.backward(model(torch.ones(2, 4))[0])
+
+
+class _Both(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x):
+        return [head(x).sum() for head in self.heads]

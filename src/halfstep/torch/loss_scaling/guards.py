@@ -72,7 +72,9 @@ def refuse_more(optimizer: Optimizer) -> list[RemovableHandle]:
     """Make any ``backward`` raise that adds to these gradients; they are unscaled now.
 
     The hooks exist from unscaling to the step, so that an ordinary step pays nothing for them.
-    A graph takes none; `refuse_scaling` stands in for them there.
+    A graph takes none; `refuse_scaling` stands in for them there. They also run where nothing is
+    added, for the weights of another optimizer that were cast together with the ones of this
+    backward (`grouping`).
 
     Returns:
         The hooks; remove them with the step.
@@ -80,7 +82,13 @@ def refuse_more(optimizer: Optimizer) -> list[RemovableHandle]:
     if torch.compiler.is_compiling():
         return []
 
+    trainable = _trainable(optimizer)
+    unscaled = {id(p): (id(p.grad), p.grad._version) for p in trainable if p.grad is not None}
+
     def refuse(parameter: Tensor) -> None:
+        grad = parameter.grad
+        if grad is None or unscaled.get(id(parameter)) == (id(grad), grad._version):
+            return
         raise LossScaleError(
             f"backward() added a gradient to {label_of(optimizer, parameter)}, after unscale_(): "
             "the two have different scales. Run all backward passes before unscale_(), and after "
@@ -90,7 +98,7 @@ def refuse_more(optimizer: Optimizer) -> list[RemovableHandle]:
 
     return [
         parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
-        for parameter in _trainable(optimizer)
+        for parameter in trainable
     ]
 
 
