@@ -21,7 +21,7 @@ def step_tables(results: Row) -> Iterator[tuple[Table, Table, str]]:
     """Yield for each workload what is counted, what is timed, and what it is."""
     rows = results["steps"]
     head = (
-        "style", "casts forward", "casts backward", *CASTS[1:], "KB saved", "launches",
+        "style", "casts fwd", "casts bwd", *CASTS[1:], "KB saved", "launches",
         "host reads",
     )  # fmt: skip
     for workload in dict.fromkeys(row["workload"] for row in rows):
@@ -108,7 +108,7 @@ def accumulation_table(results: Row) -> Table:
     cells = [
         [
             row["workload"],
-            short(row["style"]),
+            short(row["style"]).replace(f" {row['dtype']}", ""),
             *_cast_cells(row),
             *(_moved_against(row, rows, kind) for kind in ("torch.amp", "torch.amp, CUDA's lists")),
         ]
@@ -137,13 +137,14 @@ def _moved_against(row: Row, rows: list[Row], kind: str) -> str:
 
 def compiled_table(results: Row) -> Table:
     """What torch.compile makes of each style."""
-    head = ("model", "style", "graphs", "breaks", "recompiles", *CASTS, "KB saved")
+    head = ("model", "style", "graphs", "breaks", "recompiles", "casts", "KB cast", "KB saved")
     rows = [
         [
             row["workload"],
             row["style"],
             *(str(row[key]) for key in ("graphs", "breaks", "recompiles")),
-            *_cast_cells(row),
+            str(sum(row["casts"].values()) + row["groups"]),
+            _kb(_moved(row)),
             _kb(row["saved_bytes"]),
         ]
         for row in results["compiled"]
@@ -188,7 +189,7 @@ def reads_table(results: Row) -> Table:
     for row in results["host_reads"]:
         cells = (
             *(str(row["reads"].get(kind, "")) for kind in kinds),
-            *(str(row["counter_reads"][kind]) for kind in ("float32", "halfstep")),
+            " / ".join(str(row["counter_reads"][kind]) for kind in ("float32", "halfstep")),
             str(row["more_launches"]),
             _kb(row["copied_bytes"]),
         )
@@ -200,8 +201,8 @@ def reads_table(results: Row) -> Table:
         for cells, clipped in found.items()
     ]
     head = (
-        "optimizer", "reads, bare float32", "torch.amp", "LossScaleOptimizer", "skip='device'",
-        "CPU counters, bare", "with LossScaleOptimizer", "its launches", "its copies, KB",
+        "optimizer", "bare, float32", "torch.amp", "halfstep", "halfstep, 'device'",
+        "counters: bare / halfstep", "launches", "copies, KB",
     )  # fmt: skip
     return Table("host reads in one step, as the dispatcher sees them", head, rows)
 
@@ -297,22 +298,22 @@ mixed precision of these layers can take less. What else the host can save it sa
 [one graph](#a-whole-step-in-one-graph). Made by `python -m benchmarks --part host_time`."""
 
 ACCUMULATION = """
-Between the micro-batches of a step no weight changes; `weights_unchanged` says so, and their
-copies are made once a step. `torch.autocast` keeps its copies only inside one `with` block, here
-one a micro-batch, as its documentation advises. *Unchanged* rows have `weights_unchanged`. Of
-the last two columns, one divides by torch.amp with this device's lists, one by torch.amp with
-CUDA's; halfstep's default is compared with the same lists. Made by `python -m benchmarks --part
-accumulation`."""
+All in bfloat16. Between the micro-batches of a step no weight changes; `weights_unchanged` says
+so, and their copies are made once a step. `torch.autocast` keeps its copies only inside one
+`with` block, here one a micro-batch, as its documentation advises. *Unchanged* rows have
+`weights_unchanged`. Of the last two columns, one divides by torch.amp with this device's lists,
+one by torch.amp with CUDA's; halfstep's default is compared with the same lists. Made by
+`python -m benchmarks --part accumulation`."""
 
 COMPILED = """
 `torch.compile(backend="aot_eager")` runs the compiled graph operation by operation: its graphs,
 casts and bytes are those of any backend, its time says only what the host does. Compared with
 torch.amp and float32 compiled the same way. `halfstep rewrite` is `halfstep.torch.autocast`,
 which has no eager form. *Breaks* are the places where Dynamo leaves the graph and begins
-another, *recompiles* graphs made after the second step. The second table's third column compiles
-the whole step (forward, backward, loss scale, optimizer, clearing the gradients) with
-`fullgraph=True`, in float16 where the style has 16 bits, and says at which line torch leaves it.
-Made by `python -m benchmarks --part compiled`."""
+another, *recompiles* graphs made after the second step; a group counts as one of the casts. The
+second table's third column compiles the whole step (forward, backward, loss scale, optimizer,
+clearing the gradients) with `fullgraph=True`, in float16 where the style has 16 bits, and says
+at which line torch leaves it. Made by `python -m benchmarks --part compiled`."""
 
 ON_A_GPU = """
 `make bench-gpu` (`python -m benchmarks.gpu`) measures GPT-2 124M, a 1B-parameter stack of Llama
@@ -326,12 +327,13 @@ why."""
 NO_GPU = "No results are committed yet: none was at hand."
 
 HOST_READS = """
-A read of a value on the device makes a GPU wait until the host has seen it: the first four columns.
-ASGD and Adafactor read values of their own there, which is no matter of the loss scale. The next
-two count reads of what an optimizer keeps on the CPU wherever the parameters are, its step counters
-above all: they wait for nothing. `LossScaleOptimizer` turns the fused kernel on where there is one,
-which needs none of them. On a CPU the host looks at a flag where it lies, for nothing; so that the
-reads of an accelerator show, that way is closed here. With `skip='device'` no optimizer needs a
-read for the loss scale: where there is no fused kernel it is the launches of the last columns more,
-and the copies, which exist until the step is over. Clipping changes none of these numbers. Made by
-`python -m benchmarks --part host_reads`."""
+A read of a value on the device makes a GPU wait until the host has seen it: the first four columns,
+for the bare optimizer, with `GradScaler`, and with `LossScaleOptimizer` by itself and with
+`skip='device'`. ASGD and Adafactor read values of their own there, which is no matter of the loss
+scale. *Counters* are reads of what an optimizer keeps on the CPU wherever the parameters are, its
+step counters above all: they wait for nothing. `LossScaleOptimizer` turns the fused kernel on where
+there is one, which needs none of them. On a CPU the host looks at a flag where it lies, for
+nothing; so that the reads of an accelerator show, that way is closed here. With `skip='device'` no
+optimizer needs a read for the loss scale: where there is no fused kernel it is the *launches* of
+the last columns more, and the *copies*, which exist until the step is over. Clipping changes none
+of these numbers. Made by `python -m benchmarks --part host_reads`."""

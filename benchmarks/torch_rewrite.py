@@ -191,8 +191,8 @@ def _distance(ours: Tensor, exact: Tensor) -> float:
 def table(rows: list[Row]) -> Table:
     """The table of the page."""
     head = (
-        "model", "casts, autocast", "casts, rewritten", "MB, autocast", "MB, rewritten",
-        "gradient error, autocast", "gradient error, rewritten", "compiled step / autocast's",
+        "model", "casts: autocast / rewritten", "MB: autocast / rewritten",
+        "gradient error: autocast / rewritten", "compiled step / autocast's (quartiles)",
     )  # fmt: skip
     return Table("rewritten graphs beside torch.autocast", head, [_cells(row) for row in rows])
 
@@ -201,18 +201,22 @@ def _cells(row: Row) -> tuple[str, ...]:
     ratio = None if row.time is None else row.time.to_amp
     return (
         row.model,
-        "fails" if row.autocast_casts is None else str(row.autocast_casts),
-        "refused" if row.rewritten_casts is None else str(row.rewritten_casts),
-        _number(row.autocast_bytes, 1e6, 2),
-        _number(row.rewritten_bytes, 1e6, 2),
-        _number(row.autocast_error, 1, 4),
-        _number(row.rewritten_error, 1, 4),
+        "{} / {}".format(
+            "fails" if row.autocast_casts is None else row.autocast_casts,
+            "refused" if row.rewritten_casts is None else row.rewritten_casts,
+        ),
+        _pair(row.autocast_bytes, row.rewritten_bytes, 1e6, 2),
+        _pair(row.autocast_error, row.rewritten_error, 1, 4),
         "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})",
     )
 
 
-def _number(value: float | None, unit: float, digits: int) -> str:
-    return "" if value is None else f"{value / unit:.{digits}f}"
+def _pair(theirs: float | None, ours: float | None, unit: float, digits: int) -> str:
+    if theirs is None and ours is None:
+        return ""
+    return " / ".join(
+        "none" if value is None else f"{value / unit:.{digits}f}" for value in (theirs, ours)
+    )
 
 
 def notes(rows: list[Row]) -> list[str]:
