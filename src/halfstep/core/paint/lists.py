@@ -9,6 +9,8 @@ from ...errors import PolicyError, nearest
 from .graph import Kind
 
 ON_NO_LIST = "on no list"
+ASKED = {"allow": "allow= asked for it", "deny": "deny= asked for it"}
+"""The reasons of operations that a user has moved, by where to."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class OperationLists:
             PolicyError: a name in both.
         """
         moved = {
-            "allow": dict.fromkeys(allow, "allow= asked for it"),
-            "deny": dict.fromkeys(deny, "deny= asked for it"),
+            "allow": dict.fromkeys(allow, ASKED["allow"]),
+            "deny": dict.fromkeys(deny, ASKED["deny"]),
         }
         lists = {
             kind.value: {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from ...core.loss_scale import LossScale
-from ...core.paint import ON_NO_LIST, Kind, OperationLists
+from ...core.paint import OperationLists
 from ...core.policy import Policy, PolicyMap, as_policy_map
 from ...errors import PolicyError, nearest
 from ..loss_scaling import LossScaleOptimizer
 from .operations import OPERATIONS
 from .painting import Painter
 from .paths import Paths
+from .requests import requests
 
 Model = TypeVar("Model", bound=Callable[..., Any])
 
@@ -37,6 +38,7 @@ class Settings:
         lists: the kind of every operation.
         backend: the name of what compiles the painted graphs.
         fullgraph, dynamic: as for ``torch.compile``.
+        asked: the operations of each request in ``allow`` and ``deny``.
     """
 
     model: Callable[..., Any]
@@ -46,6 +48,7 @@ class Settings:
     backend: str
     fullgraph: bool = False
     dynamic: bool | None = None
+    asked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -59,7 +62,8 @@ class Settings:
             PolicyError: a key of the policies that matches no module.
         """
         module = self.model if isinstance(self.model, nn.Module) else None
-        names = [""] if module is None else [name for name, _ in module.named_modules()]
+        named = () if module is None else module.named_modules(remove_duplicate=False)
+        names = [name for name, _ in named] or [""]
         return Painter(self.dtype, self.lists, self.policies.resolve(names), Paths(module), keep)
 
 
@@ -92,8 +96,8 @@ def autocast(
     model: Model,
     policy: Policy | PolicyMap | str = "mixed_bfloat16",
     *,
-    allow: Iterable[str] = (),
-    deny: Iterable[str] = (),
+    allow: Iterable[object] = (),
+    deny: Iterable[object] = (),
     level: str = "full",
     backend: str = "inductor",
     fullgraph: bool = False,
@@ -117,8 +121,10 @@ def autocast(
             :class:`~halfstep.torch.LossScaleOptimizer` then), or a :class:`~halfstep.PolicyMap`
             over the paths of the model's modules: ``PolicyMap("mixed_bfloat16", {"head":
             "float32"})``.
-        allow: ATen operations to run in 16 bits beside those of the list, for instance ``"pow"``.
-        deny: ATen operations to keep in float32; what computes with their results stays there.
+        allow: operations to run in 16 bits beside those of the list, by ATen's names (``"pow"``)
+            or as they are (``torch.ops.aten.pow``).
+        deny: operations to keep in float32, with their derivatives and with what Inductor makes
+            of them; what computes with their results stays there.
         level: ``"full"``, or ``"matrix_products"`` for these alone, with nothing between them.
         backend: ``"inductor"``, or ``"aot_eager"``, which runs the same graph without compiling.
         fullgraph: raise at a graph break, as for ``torch.compile``.
@@ -209,8 +215,8 @@ def enable_mixed_precision_graph_rewrite(
 def make_settings(
     model: Callable[..., Any],
     policy: Policy | PolicyMap | str,
-    allow: Iterable[str],
-    deny: Iterable[str],
+    allow: Iterable[object],
+    deny: Iterable[object],
     level: str,
     backend: str,
 ) -> Settings:
@@ -224,13 +230,15 @@ def make_settings(
     _one_of("level", level, LEVELS)
     _one_of("backend", backend, BACKENDS)
     policies = as_policy_map(policy)
-    allowed, denied = _names("allow", allow), _names("deny", deny)
+    allowed, denied = requests("allow", allow), requests("deny", deny)
     both = set(allowed) & set(denied)
     if both:
         raise PolicyError(f"autocast: {sorted(both)} in both allow= and deny=.")
     base = OPERATIONS.matrix_products_only() if level == "matrix_products" else OPERATIONS
-    lists = base.changed(allowed, denied)
-    return Settings(model, policies, _low_dtype(policies), lists, backend)
+    up = {name for names in allowed.values() for name in names}
+    lists = base.changed(up, {name for names in denied.values() for name in names} - up)
+    asked = {**allowed, **denied}
+    return Settings(model, policies, _low_dtype(policies), lists, backend, asked=asked)
 
 
 def _low_dtype(policies: PolicyMap) -> str:
@@ -260,19 +268,6 @@ def _one_of(argument: str, given: str, allowed: Sequence[str]) -> None:
             f"autocast({argument}={given!r}): it must be one of {', '.join(allowed)}."
             + nearest(str(given), allowed)
         )
-
-
-def _names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(names, str):
-        raise PolicyError(f"autocast({argument}={names!r}): give a list of names, [{names!r}].")
-    found = tuple(name.removeprefix("aten.") for name in names)
-    unlisted = [name for name in found if hasattr(torch.ops.aten, name)]
-    OPERATIONS.check_known(f"autocast({argument}", found, unlisted)
-    for name in found if argument == "allow" else ():
-        kind, because = OPERATIONS.kind(name)
-        if kind is Kind.OPAQUE and because != ON_NO_LIST:
-            raise PolicyError(f"autocast(allow=...{name!r}...): it must stay: {because}.")
-    return found
 
 
 def _checked(compiled: Any, settings: Settings, painter: Painter) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ...core.paint import Graph, Kind, Node, OperationLists
+from ...core.paint.lists import ASKED
 from .operations import PORTS, SHAPE_ONLY, SUMS_IF, TAKES_INTEGERS, Ports
 
 Port: TypeAlias = tuple[fx.Node, int | None]
@@ -160,7 +161,7 @@ def _add_operation(
     own, fixed = _add_results(program, node, PORTS.get(name, Ports()))
     if not (own or fixed or found.tensors):
         return
-    kind, because = lists.kind(name)
+    kind, because = kind_of(node, lists)
     if name in SUMS_IF and _given(node, SUMS_IF[name]):
         kind, because = Kind.DENY, "it adds up what falls on the same place"
     foreign = found.foreign or _foreign_result(node)
@@ -173,6 +174,14 @@ def _add_operation(
     if kind is Kind.OPAQUE or asked is not None:
         made = _left_alone(made, because if asked is None else asked)
     program.nodes[node] = program.graph.add(made)
+
+
+def kind_of(node: fx.Node, lists: OperationLists) -> tuple[Kind, str]:
+    """Return the kind of an operation and why; what Inductor took apart has the user's kind."""
+    kind, because = lists.kind(name_of(node))
+    whole = lists.kind(original_name_of(node))
+    computes = kind in (Kind.ALLOW, Kind.DENY, Kind.INFER) and because not in ASKED.values()
+    return whole if computes and whole[1] in ASKED.values() else (kind, because)
 
 
 def _left_alone(node: Node, because: str) -> Node:

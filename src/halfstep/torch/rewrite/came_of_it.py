@@ -20,6 +20,7 @@ def check(settings: Settings, painter: Painter, warn: bool = True) -> None:
         PolicyError: nothing is.
     """
     missed = uncaptured(settings, painter)
+    _warn_of_requests(settings, painter)
     if not painter.low_operations:
         why = (
             "Dynamo captured no graph"
@@ -43,6 +44,41 @@ def check(settings: Settings, painter: Painter, warn: bool = True) -> None:
             PolicyWarning,
             stacklevel=2,
         )
+
+
+def _warn_of_requests(settings: Settings, painter: Painter) -> None:
+    """Say which requests changed nothing."""
+    names = [name for name, each in settings.asked.items() if not painter.met.intersection(each)]
+    if names and painter.met_all:
+        warnings.warn(
+            f"{settings.where}: no operation of the first call is called {', '.join(names)}, as "
+            "allow= or deny= asked for; halfstep.torch.explain prints the names of all.",
+            PolicyWarning,
+            stacklevel=2,
+        )
+    keys = [key for key in _keys_with_weights(settings) if key not in painter.used]
+    if keys:
+        warnings.warn(
+            f"{settings.where}: no operation of the first call belongs to {', '.join(keys)} of the "
+            "PolicyMap: its modules are not called, or others compute with their weights.",
+            PolicyWarning,
+            stacklevel=2,
+        )
+
+
+def _keys_with_weights(settings: Settings) -> list[str]:
+    """Return the keys of the policies that hold for modules with parameters."""
+    if not isinstance(settings.model, nn.Module):
+        return []
+    modules = dict(settings.model.named_modules(remove_duplicate=False))
+    rules = settings.policies.resolve(modules)
+    return sorted(
+        {
+            rule.key
+            for path, rule in rules.items()
+            if rule.key is not None and next(modules[path].parameters(), None) is not None
+        }
+    )
 
 
 def _cast_already(settings: Settings) -> str:

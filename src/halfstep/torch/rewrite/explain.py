@@ -47,8 +47,8 @@ def explain(
     model: Callable[..., Any],
     policy: Policy | PolicyMap | str = "mixed_bfloat16",
     *,
-    allow: Iterable[str] = (),
-    deny: Iterable[str] = (),
+    allow: Iterable[object] = (),
+    deny: Iterable[object] = (),
     level: str = "full",
     backend: str = "inductor",
 ) -> Callable[..., GraphExplanation]:

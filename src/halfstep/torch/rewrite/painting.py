@@ -12,7 +12,7 @@ from ...core.formats import format_of
 from ...core.paint import OperationLists, Painting, paint
 from ...core.policy import Resolved
 from .apply import Rewritten, rewrite
-from .build import Program, build
+from .build import Program, build, name_of, original_name_of
 from .derivatives import derivatives_that_stay
 from .paths import Paths
 from .regions import Regions, why_off
@@ -55,6 +55,9 @@ class Painter:
         graphs: how many there were.
         low_operations: how many operations run in 16 bits in all of them.
         runs: how often one of them ran.
+        met: names of the operations in them, also of those that were taken apart before.
+        met_all: whether every graph was painted here, so that all names were seen.
+        used: the keys of the policies that held for an operation.
         taken: identities of the tensors that they ran with; None where nobody wants to know more.
     """
 
@@ -69,6 +72,9 @@ class Painter:
     low_operations: int = 0
     runs: int = 0
     taken: set[int] | None = field(default_factory=set)
+    met: set[str] = field(default_factory=set)
+    met_all: bool = True
+    used: set[str] = field(default_factory=set)
 
     def ran(self, args: Sequence[object]) -> None:
         """Count a run of a graph, and note the tensors that it takes for :meth:`takes`."""
@@ -93,6 +99,12 @@ class Painter:
             return self.kept(paths.get(node)) or why_off(node) or stay.get(node)
 
         program = build(graph, self.lists, why_kept)
+        self.met.update(
+            name
+            for node in graph.nodes
+            if node.op == "call_function"
+            for name in (name_of(node), original_name_of(node))
+        )
         painting = paint(program.graph, format_of(self.dtype))
         rewritten = rewrite(program, painting, getattr(torch, self.dtype))
         painted = Painted(program, painting, rewritten, paths)
@@ -110,6 +122,7 @@ class Painter:
                 which is taken for one, since a graph with none is rarely kept.
         """
         self.graphs += 1
+        self.met_all = False
         self.low_operations += 1 if low_operations is None else low_operations
 
     def kept(self, path: str | None) -> str | None:
@@ -117,6 +130,7 @@ class Painter:
         while path is not None:
             rule = self.policies.get(path)
             if rule is not None:
+                self.used.update(() if rule.key is None else (rule.key,))
                 return None if rule.policy.is_low else f"policy {rule.policy.name}, {rule.why}"
             path = path.rpartition(".")[0] if path else None
         default = self.policies.get("")

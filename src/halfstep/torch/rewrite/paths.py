@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -34,7 +34,8 @@ class Paths:
     def __init__(self, model: nn.Module | None) -> None:
         # Dynamo keeps what it compiled by the code, which outlives the model
         self._model = None if model is None else weakref.ref(model)
-        self._known: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
+        # a module may be held by several others, and then has several paths
+        self._known: dict[int, tuple[weakref.ref[nn.Module], tuple[str, ...]]] = {}
         self._roots: dict[str, str] = {}
         self._captured: set[str] = set()
         self.begins_at = ""
@@ -50,9 +51,10 @@ class Paths:
         model = None if self._model is None else self._model()
         if model is None:
             return
-        self._known = {
-            id(module): (weakref.ref(module), path) for path, module in model.named_modules()
-        }
+        self._known = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            _, others = self._known.get(id(module), (None, ()))
+            self._known[id(module)] = weakref.ref(module), (*others, path)
         self._roots = self.modules_in(scope)
         self.begins_at = self.stands_in(scope, caller)
         self._take_note_of(graph, model)
@@ -73,15 +75,15 @@ class Paths:
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the paths and modules that were there when the latest graph was made."""
-        for reference, path in self._known.values():
+        for reference, paths in self._known.values():
             module = reference()
             if module is not None:
-                yield path, module
+                yield paths[0], module
 
     def path_of(self, value: object) -> str | None:
         """Return the path of a module of the model, None for anything else."""
-        module, path = self._known.get(id(value), (None, ""))
-        return path if module is not None and module() is value else None
+        module, paths = self._known.get(id(value), (None, ()))
+        return paths[0] if module is not None and module() is value else None
 
     def modules_in(self, scope: Mapping[str, Any]) -> dict[str, str]:
         """Return the paths of those variables that are modules of the model, by their names."""
@@ -112,16 +114,21 @@ class Paths:
         stack: Mapping[str, Any] = (
             node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
         )
-        if not stack:
-            return self.begins_at
-        key, called = next(reversed(list(stack.items())))
-        number = key.partition("@")[0]  # a module that is called again has @1 behind it
-        known = self._known.get(int(number)) if number.isdigit() else None
-        return known[1] if known is not None else self._named(str(called[0]))
+        path = self.begins_at
+        for key, called in stack.items():
+            number = key.partition("@")[0]  # a module that is called again has @1 behind it
+            known = self._known.get(int(number)) if number.isdigit() else None
+            path = _below(path, known[1]) if known else self._named(str(called[0]))
+        return path
 
     def _named(self, name: str) -> str:
         root, relative = split_root(name)
         return f"{self._roots.get(root, '')}.{relative}".strip(".")
+
+
+def _below(path: str, paths: Sequence[str]) -> str:
+    """Return which of a module's paths it has in the one at this path, else the first."""
+    return next((each for each in paths if path and each.startswith(f"{path}.")), paths[0])
 
 
 def _compiled(value: object) -> object:
