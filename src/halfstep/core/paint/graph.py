@@ -54,8 +54,9 @@ class Node:
             a fused batch norm, every argument of an opaque operation).
         fixed_results: values that it makes in float32 whatever its own dtype is.
         because: why the list has this kind for it, or who asked for it.
-        accumulates: it adds; with a loop's carry as one summand it is a sum over the loop, and an
-            infer node that is one stays in float32.
+        accumulates: it adds. An infer node that does stays in float32 where one summand is a
+            loop's carry, so that it is a sum over the loop; where it is one of many in a row; and
+            where a summand is float32 and no bias.
         carries: it stands for what a loop hands from one iteration to the next.
     """
 

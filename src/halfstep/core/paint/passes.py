@@ -2,9 +2,10 @@
 
 After TensorFlow's ``auto_mixed_precision`` optimizer
 (``tensorflow/core/grappler/optimizers/auto_mixed_precision.cc``), with these differences: a
-constant that does not fit the format denies, a sum over a loop denies, operations without
-arithmetic follow only where rounding cannot be noticed, the pass that rounds the residual stream
-is off, and every decision has its reason.
+constant that does not fit the format denies, a sum over a loop denies, written out or not, what
+is added to a float32 value stays float32 unless that is a bias, operations without arithmetic
+follow only where rounding cannot be noticed, the pass that rounds the residual stream is off, and
+every decision has its reason.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..formats import Format
 from .graph import Edges, Graph, Kind, Node
+from .streams import Streams, gradients, long_sums, longest_sum
 
 _PASSIVE = (Kind.INFER, Kind.CLEAR)
 
@@ -35,6 +37,9 @@ class Rule(enum.Enum):
     DENIED = "on the deny list"
     CONSTANT = "a constant does not fit"
     ACCUMULATES = "sums up over a loop"
+    LONG_SUM = "one of many additions in a row"
+    ADDS = "adds to a float32 value"
+    GRADIENT = "may add up the gradient of a float32 sum"
     AFTER_DENY = "computes with the result of a denied operation"
     OPAQUE = "left alone"
     NOT_BETWEEN = "not between 16-bit operations"
@@ -82,10 +87,12 @@ def paint(graph: Graph, fmt: Format, *, follow_allow: bool = False) -> Painting:
     ::
 
         low  := nodes on the allow list
-        deny := nodes on the deny list, with a constant that does not fit, or that sum over a loop
+        deny := nodes on the deny list, with a constant that does not fit, that sum over a loop,
+            or of more additions in a row than the format bears
         deny spreads forwards through infer and clear nodes, but not into the clear nodes behind
             the last arithmetic one
-        infer and clear nodes on a path from low to low, not denied, become low
+        infer and clear nodes on a path from low to low, not denied, become low, but no addition
+            to a float32 value other than a bias
         until nothing changes:
             a clear node becomes low when all its inputs are, or when all its uses are and a cast
             in front of it is not larger than one behind it
@@ -161,6 +168,8 @@ class _State:
         # only the sum itself: what a residual network computes from its stream may follow
         for number in self._sums_over_loops():
             self.high.setdefault(number, Verdict(Rule.ACCUMULATES))
+        for number, many in long_sums(self.edges, longest_sum(self.fmt)).items():
+            self.high.setdefault(number, Verdict(Rule.LONG_SUM, f"{many}"))
         tainted = self._before_arithmetic()
         came_from = {root: root for root in roots}
         queue = deque(roots)
@@ -202,12 +211,42 @@ class _State:
                 self.low[number] = Verdict(Rule.ALLOWED, self.nodes[number].because)
 
     def paint_between(self) -> None:
-        """Infer and clear nodes on a path from low to low become low."""
+        """Infer and clear nodes on a path from low to low, but no addition to a float32 value."""
+        streams, between = Streams(self.edges, self.flexible), self._between()
+        added: set[int] = set()
+        while between:
+            rule, found = Rule.ADDS, self._adding(streams, between)
+            added |= found
+            if not found:
+                rule, found = Rule.GRADIENT, gradients(self.edges, added, between)
+            if not found:
+                break
+            self.high.update(dict.fromkeys(found, Verdict(rule)))
+            between = self._between()
+        self.low.update(dict.fromkeys(between, Verdict(Rule.BETWEEN)))
+
+    def _between(self) -> set[int]:
         ends = list(self.low)
         ahead = _flood(ends, self.edges.after, lambda n: self._open(n, *_PASSIVE))
-        between = _flood(ends, self.edges.before, lambda n: n in ahead)
-        for number in between:
-            self.low.setdefault(number, Verdict(Rule.BETWEEN))
+        return _flood(ends, self.edges.before, lambda n: n in ahead)
+
+    def _adding(self, streams: Streams, between: set[int]) -> set[int]:
+        """Additions to a float32 value, and to what is float32 since they are."""
+        left, adding = set(between), set[int]()
+        low = (self.low.keys(), left)
+        queue = deque(sorted(between))
+        while queue:
+            number = queue.popleft()
+            if number not in left:
+                continue
+            around = (self.edges.before[number], self.edges.after[number])
+            adds = streams.adds_to(number, low)
+            if adds or not all(any(n in each for n in side for each in low) for side in around):
+                left.discard(number)
+                queue.extend(n for side in around for n in side)
+            if adds:
+                adding.add(number)
+        return adding
 
     def follow_allow(self) -> None:
         """Infer nodes with a low input and none that is denied, in one sweep."""

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ...core.paint import Graph, Kind, Node, OperationLists
 from ...core.paint.lists import ASKED
-from .operations import PORTS, SHAPE_ONLY, SUMS_IF, TAKES_INTEGERS, Ports
+from .operations import ADDITIONS, PORTS, SHAPE_ONLY, SUMS_IF, TAKES_INTEGERS, Ports
 
 Port: TypeAlias = tuple[fx.Node, int | None]
 """A tensor: what makes it, and which of its results it is (None: it makes one tensor)."""
@@ -170,7 +170,10 @@ def _add_operation(
     elif found.integers and kind is not Kind.DENY and name not in TAKES_INTEGERS:
         kind, because = Kind.OPAQUE, "it takes integers, which 16 bits may not hold"
     asked = kept(node)
-    made = Node(name, kind, tuple(found.own), tuple(own), tuple(found.fixed), tuple(fixed), because)
+    made = Node(
+        name, kind, tuple(found.own), tuple(own), tuple(found.fixed), tuple(fixed), because,
+        accumulates=name in ADDITIONS,
+    )  # fmt: skip
     if kind is Kind.OPAQUE or asked is not None:
         made = _left_alone(made, because if asked is None else asked)
     program.nodes[node] = program.graph.add(made)

@@ -157,6 +157,8 @@ SUMS_IF = {"index_put": "accumulate", "_unsafe_index_put": "accumulate"}
 ACCUMULATES_IN = _names("sum mean prod cumsum cumprod nansum")
 """They take 16 bits and add up in the float32 of their ``dtype=``, so that no cast is needed."""
 
+ADDITIONS = _names("add sub rsub addcmul addcdiv lerp fma")
+"""What they add to a float32 stream is not rounded with it."""
 
 PROMOTES = _names("add sub mul div")
 """Beside a float32 tensor they read a 16-bit one as float32 by themselves."""
