@@ -10,6 +10,7 @@ import torch.multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from halfstep import Policy
 from halfstep.torch import LossScaleOptimizer, apply_policy
 
 
@@ -76,7 +77,7 @@ def _single(find_unused, steps=4):
     model = Model()
     if not find_unused:
         del model.unused
-    apply_policy(model, "mixed_float16", {"head": "float32"})
+    apply_policy(model, Policy("mixed_float16", loss_scale=None), {"head": "float32"})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = torch.randn(steps, 2, 4, 8, generator=torch.Generator().manual_seed(1))
     for step in range(steps):
