@@ -112,8 +112,8 @@ def autocast(
     ``custom_fwd``, ``masked_fill`` with float32's lowest number, checkpoints, in-place code.
 
     Each shape and each ``train()`` or ``eval()`` is a graph of its own, as with
-    ``torch.compile``. The first call raises where nothing at all would run in 16 bits, and warns
-    of modules that Dynamo did not capture: they run in float32.
+    ``torch.compile``. A call raises where nothing at all would run in 16 bits; the first one warns
+    of modules that Dynamo did not capture, and later ones of what falls back to float32.
 
     Args:
         model: a module or a function.

@@ -20,7 +20,6 @@ def check(settings: Settings, painter: Painter, warn: bool = True) -> None:
         PolicyError: nothing is.
     """
     missed = uncaptured(settings, painter)
-    _warn_of_requests(settings, painter)
     if not painter.low_operations:
         why = (
             "Dynamo captured no graph"
@@ -32,6 +31,7 @@ def check(settings: Settings, painter: Painter, warn: bool = True) -> None:
             + (f" Not captured or not called: {', '.join(missed)}." if missed else "")
             + _cast_already(settings)
         )
+    _warn_of_requests(settings, painter)
     if missed and warn:
         recurrent = isinstance(settings.model, nn.Module) and any(
             isinstance(module, nn.RNNBase) for module in settings.model.modules()
