@@ -143,7 +143,8 @@ class _Rewriter:
             return False
         if "dtype" not in {argument.name for argument in node.target._schema.arguments}:  # type: ignore[union-attr]
             return False
-        node.kwargs = {**node.kwargs, "dtype": torch.float32}
+        if is_float32(node.meta["val"]):  # a dtype that the model asks for is its own
+            node.kwargs = {**node.kwargs, "dtype": torch.float32}
         return True
 
     def _promote(self, node: fx.Node) -> bool:
