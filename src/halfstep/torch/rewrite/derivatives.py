@@ -55,8 +55,8 @@ def _stays(made: Sequence[fx.Node], lists: OperationLists) -> str | None:
         return None
     # what was taken apart before it was painted is still one operation to autograd
     name = original_name_of(first)
-    parts = [name, *(name_of(each) for each in made if original_name_of(each) == name)]
-    if any(lists.kind(part)[0] is Kind.ALLOW for part in parts):
+    parts = [name_of(each) for each in made if original_name_of(each) == name]
+    if name not in lists.names and any(lists.kind(part)[0] is Kind.ALLOW for part in parts):
         return None
     kind, because = lists.kind(name)
     return f"it is the derivative of {name}: {because}" if kind in _STAYS else None

@@ -127,6 +127,7 @@ OPERATIONS = OperationLists(
         **_each("_linalg_solve_ex _linalg_det triangular_solve cholesky_solve", _DECOMPOSITION),
         **_each("_fft_r2c _fft_c2r _fft_c2c", "there is no 16-bit Fourier transform everywhere"),
         **_each("as_strided as_strided_scatter view_as_complex view_as_real nextafter", _BITS),
+        "_euclidean_dist": "near numbers are all cancellation in it",
         "copy_": "it writes to a float32 input",
     },
 )  # fmt: skip
@@ -156,6 +157,9 @@ SUMS_IF = {"index_put": "accumulate", "_unsafe_index_put": "accumulate"}
 
 ACCUMULATES_IN = _names("sum mean prod cumsum cumprod nansum")
 """They take 16 bits and add up in the float32 of their ``dtype=``, so that no cast is needed."""
+
+NO_KERNEL_ON_CPU = _names("avg_pool3d avg_pool3d_backward")
+"""They are written for float32 and float64 there."""
 
 ADDITIONS = _names("add sub rsub addcmul addcdiv lerp fma")
 """What they add to a float32 stream is not rounded with it."""

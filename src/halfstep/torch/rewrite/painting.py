@@ -16,6 +16,7 @@ from .build import Program, build, name_of, original_name_of
 from .derivatives import derivatives_that_stay
 from .paths import Paths
 from .regions import Regions, why_off
+from .staying import stored, why_no_kernel, why_whole
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,11 @@ class Painter:
             How many of its operations run in 16 bits.
         """
         paths = {node: self.paths.of(node) for node in graph.nodes if node.op == "call_function"}
-        stay = derivatives_that_stay(graph, self.lists)
+        stay = {**stored(graph, self.lists), **derivatives_that_stay(graph, self.lists)}
 
         def why_kept(node: fx.Node) -> str | None:
-            return self.kept(paths.get(node)) or why_off(node) or stay.get(node)
+            asked = self.kept(paths.get(node)) or why_off(node) or stay.get(node)
+            return asked or why_whole(node, self.lists) or why_no_kernel(node)
 
         program = build(graph, self.lists, why_kept)
         self.met.update(
