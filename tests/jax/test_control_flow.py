@@ -334,3 +334,31 @@ def attention(ws, x):
 @pytest.mark.parametrize("loss", [nested_scans, cond_in_a_scan, lstm, vmap_of_a_scan, attention])
 def test_bodies_within_bodies(check_all_ways, loss):
     check_all_ways(loss, WS, X, rtol=0.05)
+
+
+@pytest.mark.parametrize("steps", [8, 70])
+def test_a_loop_that_python_writes_out_is_added_up_in_float32(far, equations, steps):
+    def refined(x):
+        for _ in range(steps):
+            x = x + 0.01 * jnp.tanh(x @ W) @ W
+        return x @ W
+
+    def summed(x):
+        state = x @ W
+        for _ in range(steps):
+            state = state + jnp.tanh(x @ W) @ W
+        return state @ W
+
+    assert far(autocast(refined)(X), refined(X)) < 0.004
+    # up to 64 additions in a row of what is in 16 bits anyway are in 16 bits too
+    added = [e for e in equations(autocast(summed), X) if e.primitive.name == "add"]
+    expected = jnp.float32 if steps > 64 else jnp.bfloat16
+    assert [e.outvars[0].aval.dtype for e in added] == [expected] * steps
+
+
+def test_a_bias_is_added_in_16_bits(equations):
+    def layers(bias, x):
+        return jnp.tanh(x @ W + bias) @ W
+
+    added = [e for e in equations(autocast(layers), W[0], X) if e.primitive.name == "add"]
+    assert [e.outvars[0].aval.dtype for e in added] == [jnp.bfloat16]
