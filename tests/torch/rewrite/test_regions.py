@@ -118,3 +118,33 @@ def test_a_region_within_a_region_that_is_on_again_is_torchs_own():
     products = [row for row in rows if row.operation == "addmm"]
     # the one in between is in 16 bits already, by torch's own hand
     assert ["enabled=False" in row.why for row in products] == [True, True, False]
+
+
+def test_inductors_caches_tell_regions_apart(monkeypatch):
+    from torch._inductor import compile_fx
+
+    keys = []
+
+    def record(graph, inputs, config_patches):
+        pass_ = config_patches["joint_custom_pre_pass"]
+        keys.append(pass_.uuid())
+        pass_.low_operations = 1
+        return graph.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", record)
+    layer = nn.Linear(8, 8)
+
+    def first(x):
+        with off():
+            x = layer(x)
+        return layer(x)
+
+    def second(x):
+        x = layer(x)
+        with off():
+            return layer(x)
+
+    for run in (first, second):
+        with pytest.raises(Exception, match="nothing runs"):
+            autocast(run)(torch.randn(2, 8))  # nothing was painted, for nothing was compiled
+    assert len(set(keys)) == 2

@@ -90,12 +90,16 @@ class Watch:
         if not self._is_checked:
             check(self._settings, self._painter)
             self._is_checked, self._painter.taken = True, None
-        elif not ran:
-            self._say("no run", _no_run())
         if recompile_limit_reached(since):
-            self._say("limit", f"{_LIMIT} TORCH_LOGS=recompiles tells what changes from call to "
-            f"call, torch._dynamo.config.recompile_limit ({config.recompile_limit}) allows for "
-            "more, and torch._dynamo.reset() begins anew.")  # fmt: skip
+            self._say(
+                "limit",
+                "Dynamo reached its recompile limit, and runs what no graph of it fits uncompiled "
+                "from now on, in float32. TORCH_LOGS=recompiles tells what changes from call to "
+                f"call, torch._dynamo.config.recompile_limit ({config.recompile_limit}) allows for "
+                "more, and torch._dynamo.reset() begins anew.",
+            )
+        elif not ran and "limit" not in self._said:
+            self._say("no run", _NO_RUN)
 
     def _say(self, what: str, text: str) -> None:
         if what not in self._said:
@@ -103,19 +107,12 @@ class Watch:
             warnings.warn(f"{self._settings.where}: {text}", PolicyWarning, stacklevel=6)
 
 
-_LIMIT = (
-    "Dynamo reached its recompile limit, and runs what no graph of it fits uncompiled from now "
-    "on, in float32."
+_NO_RUN = (
+    "this call ran none of its graphs, so that it was float32. Dynamo leaves the code alone behind "
+    "torch.compiler.set_stance, torch.compiler.disable and its recompile limit, and for good once "
+    "it was called inside of a dispatch mode or a torch.func transform by another torch.compile: "
+    "torch._dynamo.reset() brings it back."
 )
-
-
-def _no_run() -> str:
-    return (
-        "this call ran none of its graphs, so that it was float32. Dynamo leaves the code alone "
-        "behind torch.compiler.set_stance, torch.compiler.disable and its recompile limit, and for "
-        "good once it was called inside of a dispatch mode or a torch.func transform by another "
-        "torch.compile: torch._dynamo.reset() brings it back."
-    )
 
 
 def recompile_limit_reached(since: int) -> bool:
