@@ -9,8 +9,8 @@ from torch import nn
 
 from ...errors import PolicyError, PolicyWarning
 from ..layer import is_policied
-from .autocast import Settings
 from .painting import Painter
+from .settings import Settings
 
 
 def check(settings: Settings, painter: Painter, warn: bool = True) -> None:

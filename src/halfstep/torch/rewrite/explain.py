@@ -13,12 +13,13 @@ from torch import Tensor, fx, nn
 
 from ...core.paint import Explanation, Row, Rule
 from ...core.policy import Policy, PolicyMap
-from .autocast import Settings, make_settings, settings_of
+from .autocast import settings_of
 from .build import name_of, results_of
 from .came_of_it import check, uncaptured
 from .painting import Painted
 from .paths import source_line
 from .regions import depth
+from .settings import Settings, make_settings
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch._dynamo.utils import counters, get_compilation_metrics
 from torch.utils import _python_dispatch
 
 from ...errors import PolicyWarning
-from .autocast import Settings
 from .came_of_it import check
 from .painting import Painter
 from .regions import depth
+from .settings import Settings
 
 REASON = "halfstep.torch.autocast paints graphs of its own: in another's they would be float32"
 _HAVE_A_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
