@@ -194,6 +194,11 @@ def kept_before(parameter: Tensor) -> Kept:
     update = update_of(parameter)
     if kept is None or kept.update != update or kept.rest.shape != parameter.shape:
         return keep(parameter, parameter.detach().to(torch.float32), update)
+    return beside(parameter, kept)
+
+
+def beside(parameter: Tensor, kept: Kept) -> Kept:
+    """Return ``kept`` on the parameter's device, to which the model may have moved since."""
     if kept.rest.device != parameter.device:
         kept.rest = kept.rest.to(parameter.device)
     return kept

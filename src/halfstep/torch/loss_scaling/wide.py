@@ -25,7 +25,7 @@ from ...core.policy_names import Update
 from ...errors import LossScaleError, LossScaleWarning
 from ..bare_steps import lending
 from ..casting import LOW
-from ..masters import CLOSE, OPEN, Kept, kept_before, kept_of, recall, widened_all
+from ..masters import CLOSE, OPEN, Kept, beside, kept_before, kept_of, recall, widened_all
 from ..registry import policy_of_parameter, tell
 from .closures import evaluates_once
 from .gradients import groups_of
@@ -205,7 +205,7 @@ class WideSide:
 
     def _kept_of(self, low: Tensor) -> Kept:
         if torch.compiler.is_compiling():  # Dynamo does not trace dictionaries of weak references
-            return self._kept[id(low)]
+            return beside(low, self._kept[id(low)])
         return kept_before(low)
 
     def _step_part(
