@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..loss_scaling import LossScaleOptimizer
+from ..loss_scaling.rests import parameters_of
 from ..loss_scaling.shard_lending import shards_lent, steps_on_shards
 from ..loss_scaling.wide import gradient_dtype, put_gradient
 from ..masters import update_of
@@ -53,7 +54,7 @@ def state_made(optimizer: Optimizer) -> Iterator[State]:
 
 @torch.no_grad()
 def _make(inner: Optimizer, scaling: LossScaleOptimizer | None) -> None:
-    own = _parameters(inner)
+    own = parameters_of(inner)
     if scaling is None and any(update_of(parameter) != "plain" for parameter in own):
         return  # it cannot step by itself
     if scaling is not None:
@@ -77,7 +78,7 @@ def _make(inner: Optimizer, scaling: LossScaleOptimizer | None) -> None:
 
 def _noticed(inner: Optimizer) -> Any:
     """Keep torch from making state: of an optimizer without any it asks if a gradient stands."""
-    own = _parameters(inner)
+    own = parameters_of(inner)
     trained = [parameter for parameter in own if parameter.requires_grad]
     if inner.state or not trained or any(parameter.grad is not None for parameter in own):
         return nullcontext()
@@ -96,10 +97,6 @@ def _gradients(lent: dict[Tensor, Tensor | None]) -> Iterator[None]:
     finally:
         for parameter, grad, dtype in before:
             put_gradient(parameter, grad, dtype)
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _step(inner: Optimizer) -> None:

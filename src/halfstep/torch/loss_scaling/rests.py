@@ -28,12 +28,13 @@ ENTRIES: dict[Update, str] = {"master": "master", "kahan": "compensation"}
 Rests = list[tuple[Tensor, str, Tensor]]
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of all groups, in the order of a state dict."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _managed(optimizer: Optimizer) -> Iterator[tuple[int, Tensor, Update]]:
-    for place, parameter in enumerate(_parameters(optimizer)):
+    for place, parameter in enumerate(parameters_of(optimizer)):
         update = update_of(parameter)
         if update != "plain" and not is_lazy(parameter):
             yield place, parameter, update
@@ -77,7 +78,7 @@ def split(optimizer: Optimizer, state_dict: dict[str, Any]) -> tuple[dict[str, A
     """
     groups = state_dict.get("param_groups", [])
     ids = [name for group in groups for name in group["params"]]
-    own = dict(zip(ids, _parameters(optimizer), strict=False))
+    own = dict(zip(ids, parameters_of(optimizer), strict=False))
     rests: Rests = []
     state = {}
     for name, values in state_dict.get("state", {}).items():
